@@ -1,0 +1,43 @@
+"""Block keys: blake2b chained over (parent key, token ids), keyed by a namespace."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+KEY_BYTES = 16
+ROOT = b""
+
+
+def key_namespace(fingerprint: bytes, kv_format_digest: bytes, tenant: str, salt: str) -> bytes:
+    """32 bytes that keep apart the blocks of different models, KV formats, tenants and cache salts."""
+    digest = hashlib.blake2b(digest_size=32)
+    for part in (fingerprint, kv_format_digest, tenant.encode(), salt.encode()):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def block_keys(namespace: bytes, token_ids: Sequence[int], block_size: int, parent: bytes = ROOT) -> list[bytes]:
+    """One 16-byte key for each full block of `token_ids`, chained from `parent` (ROOT at the start of a sequence)."""
+    packed = array("I", token_ids).tobytes()
+    step = block_size * 4
+    keys: list[bytes] = []
+    for start in range(0, len(packed) - step + 1, step):
+        block = parent + packed[start : start + step]
+        parent = hashlib.blake2b(block, digest_size=KEY_BYTES, key=namespace).digest()
+        keys.append(parent)
+    return keys
+
+
+def join_keys(keys: Sequence[bytes]) -> bytes:
+    """Keys one after the other, as messages carry them."""
+    return b"".join(keys)
+
+
+def split_keys(joined: bytes) -> list[bytes]:
+    """The inverse of join_keys; ValueError unless the length is a multiple of 16."""
+    if len(joined) % KEY_BYTES:
+        raise ValueError(f"block keys are {KEY_BYTES} bytes each; got {len(joined)} bytes")
+    return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]

@@ -1,0 +1,76 @@
+"""What every engine is: chunks of sequences in, drawn tokens out, K and V in the slab.
+
+An engine keeps no state of sequences: whatever it must know comes with each chunk, and K and V live in the slab. So a
+sequence can go on in any worker that maps the slab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from headway.core.model import ModelCard
+from headway.core.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How to draw the token that follows a chunk.
+
+    context: prompt proper and outputs so far, including the chunk's tokens (only read where the sampling needs it).
+    prompt_tokens: how many of `context` are the prompt proper (presence and frequency penalties count outputs only;
+        the repetition penalty counts all, as transformers does).
+    top_logprobs: None for no log probabilities, else how many of the most likely tokens to name.
+    """
+
+    sampling: Sampling
+    output_index: int
+    choice: int = 0
+    context: Sequence[int] = ()
+    prompt_tokens: int = 0
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [position, position + len(tokens)) of one sequence, whose earlier K and V are in the slab.
+
+    slots: the sequence's block table, int32 [blocks]; token t lives in slots[t // block_size] at t % block_size.
+    draw: None when more of the prompt follows.
+    """
+
+    tokens: Sequence[int]
+    position: int
+    slots: npt.NDArray[np.int32]
+    draw: Draw | None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A drawn token; log probabilities are of the distribution before temperature and truncation."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Engine(Protocol):
+    """Safe to call from one thread at a time.
+
+    After forward() returns, K and V of all chunks are in the slab, also for other processes.
+    """
+
+    card: ModelCard
+
+    def bind(self, slab: npt.NDArray[np.uint8]) -> None:
+        """Use this slab from now on: uint8 [slots, slot_stride], writable, of card.kv_format."""
+
+    def unbind(self) -> None:
+        """Let go of the slab (its owner is gone)."""
+
+    def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
+        """Compute all chunks in one pass, write their K and V, and draw where asked; one entry a chunk, in order."""

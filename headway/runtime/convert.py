@@ -1,0 +1,63 @@
+"""Between proto messages and the core's own types; the only place where either is spelled out for the other."""
+
+from __future__ import annotations
+
+from headway.core.model import KvFormat, LayerGroup, ModelCard
+from headway.core.sampling import Sampling
+from headway.v1 import common_pb2
+
+
+def kv_format_to_proto(kv_format: KvFormat) -> common_pb2.KvFormat:
+    message = common_pb2.KvFormat(block_size=kv_format.block_size, dtype=kv_format.dtype, order=kv_format.order)
+    for group in kv_format.groups:
+        message.groups.add(
+            layers=group.layers,
+            kv_heads=group.kv_heads,
+            head_dim=group.head_dim,
+            bytes_per_token=group.bytes_per_token,
+            window=group.window,
+            shard=group.shard,
+            shards=group.shards,
+        )
+    return message
+
+
+def kv_format_from_proto(message: common_pb2.KvFormat) -> KvFormat:
+    groups = tuple(
+        LayerGroup(g.layers, g.kv_heads, g.head_dim, g.bytes_per_token, g.window, g.shard, g.shards)
+        for g in message.groups
+    )
+    return KvFormat(message.block_size, message.dtype, message.order, groups)
+
+
+def card_to_proto(card: ModelCard) -> common_pb2.ModelCard:
+    return common_pb2.ModelCard(
+        name=card.name,
+        fingerprint=card.fingerprint,
+        context_tokens=card.context_tokens,
+        vocab_size=card.vocab_size,
+        eos_token_ids=card.eos_token_ids,
+        kv_format=kv_format_to_proto(card.kv_format),
+        tokenizer_path=card.tokenizer_path,
+    )
+
+
+def card_from_proto(message: common_pb2.ModelCard) -> ModelCard:
+    return ModelCard(
+        name=message.name,
+        fingerprint=message.fingerprint,
+        context_tokens=message.context_tokens,
+        vocab_size=message.vocab_size,
+        eos_token_ids=tuple(message.eos_token_ids),
+        kv_format=kv_format_from_proto(message.kv_format),
+        tokenizer_path=message.tokenizer_path,
+    )
+
+
+def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
+    """Unset fields take Sampling's defaults. Raises ValueError on a value outside its range."""
+    names = (
+        "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    )  # fmt: skip
+    given = {name: getattr(message, name) for name in names if message.HasField(name)}
+    return Sampling(**given, logit_bias=dict(message.logit_bias))

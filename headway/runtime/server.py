@@ -1,0 +1,101 @@
+"""What every server does alike: options, health, reflection, ready notice, signals and drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+
+import grpc
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from headway.runtime.errors import HeadwayError
+
+MAX_MESSAGE_BYTES = 16 << 20
+
+# so_reuseport=0: otherwise two processes share a port silently. Keepalive: a peer that hangs without closing is noticed.
+OPTIONS: list[tuple[str, int]] = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+]
+
+
+class GrpcServer:
+    """A grpc.aio server on one address with standard health and reflection.
+
+    Health says SERVING only between `ready()` and the drain.
+    """
+
+    def __init__(self, services: Sequence[str]) -> None:
+        self.server = grpc.aio.server(options=OPTIONS)
+        self.health = health.aio.HealthServicer()
+        self._services = ["", *services]
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.server)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; the port in use (chosen by the kernel when `port` is 0). Raises HeadwayError when it is taken."""
+        await self.set_serving(False)
+        try:
+            bound = self.server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            bound = 0
+        if not bound:
+            message = f"cannot listen on {host}:{port}: the port is in use or not allowed; choose another with --port"
+            raise HeadwayError(grpc.StatusCode.UNAVAILABLE, message)
+        await self.server.start()
+        return bound
+
+    async def set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        value = status.SERVING if serving else status.NOT_SERVING
+        for name in self._services:
+            await self.health.set(name, value)
+
+    async def stop(self, grace_s: float) -> None:
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+def notify(state: str) -> None:
+    """Tell systemd (or whoever set NOTIFY_SOCKET) e.g. "READY=1"; nothing happens without one."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
+        channel.connect(address)
+        channel.sendall(state.encode())
+
+
+def stop_event() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, event.set)
+    return event
+
+
+def run_service(program: str, main: Callable[[], Awaitable[None]]) -> None:
+    """Run `main` on uvloop; a HeadwayError becomes one line on stderr and exit status 1."""
+
+    async def guarded() -> int:
+        try:
+            await main()
+        except HeadwayError as error:
+            print(f"{program}: {error.message}", file=sys.stderr)
+            return 1
+        return 0
+
+    sys.exit(uvloop.run(guarded()))
