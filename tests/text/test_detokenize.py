@@ -34,15 +34,15 @@ def joined(detokenizer: Detokenizer, ids: list[int]) -> str:
 def mixed_run(tokenizer: Tokenizer, ids: list[int]) -> bool:
     """Whether a run of byte tokens has both characters and broken bytes: an incremental decoder cannot know in time."""
     run = b""
-    for token_id in [*ids, None]:
-        token = (tokenizer.id_to_token(token_id) if token_id is not None else "") or ""
+    tokens = [tokenizer.id_to_token(token_id) for token_id in ids]
+    for token in [*(token for token in tokens if token not in (None, "<s>", "</s>")), "end"]:
         if token.startswith("<0x"):
             run += bytes([int(token[3:5], 16)])
-        elif token not in ("<s>", "</s>"):
-            text = run.decode(errors="replace")
-            if REPLACEMENT in text and text.strip(REPLACEMENT):
-                return True
-            run = b""
+            continue
+        text = run.decode(errors="replace")
+        if REPLACEMENT in text and text.strip(REPLACEMENT):
+            return True
+        run = b""
     return False
 
 
