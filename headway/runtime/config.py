@@ -98,8 +98,11 @@ def _to_type(value: Any, kind: Any) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()] \
-            if str(value).lower() in ("true", "1", "yes", "false", "0", "no") else _refuse()
+        return (
+            {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+            if str(value).lower() in ("true", "1", "yes", "false", "0", "no")
+            else _refuse()
+        )
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list) else [item for item in str(value).split(",") if item]
         return tuple(_to_type(item, typing.get_args(kind)[0]) for item in items)

@@ -56,8 +56,5 @@ def card_from_proto(message: common_pb2.ModelCard) -> ModelCard:
 
 def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
     """Unset fields take Sampling's defaults. Raises ValueError on a value outside its range."""
-    names = (
-        "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    )  # fmt: skip
-    given = {name: getattr(message, name) for name in names if message.HasField(name)}
+    given = {field.name: value for field, value in message.ListFields() if field.name != "logit_bias"}
     return Sampling(**given, logit_bias=dict(message.logit_bias))

@@ -19,11 +19,14 @@ from headway.runtime.errors import HeadwayError
 
 MAX_MESSAGE_BYTES = 16 << 20
 
-# so_reuseport=0: otherwise two processes share a port silently. Keepalive: a peer that hangs without closing is noticed.
+# so_reuseport=0: otherwise two processes share a port silently. Keepalive: a hung peer is noticed.
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
     ("grpc.http2.max_ping_strikes", 0),
 ]
@@ -91,11 +94,12 @@ def run_service(program: str, main: Callable[[], Awaitable[None]]) -> None:
     """Run `main` on uvloop; a HeadwayError becomes one line on stderr and exit status 1."""
 
     async def guarded() -> int:
+        status = 0
         try:
             await main()
-        except HeadwayError as error:
-            print(f"{program}: {error.message}", file=sys.stderr)
-            return 1
-        return 0
+        except* HeadwayError as group:
+            print(f"{program}: {group.exceptions[0]}", file=sys.stderr)
+            status = 1
+        return status
 
     sys.exit(uvloop.run(guarded()))

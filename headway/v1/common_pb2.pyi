@@ -250,6 +250,30 @@ class Sequence(_message.Message):
 Global___Sequence: _TypeAlias = Sequence  # noqa: Y015
 
 @_typing.final
+class CancelSequence(_message.Message):
+    """Stop a sequence and free what it holds; an unknown one is ignored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.str
+    attempt: _builtins.int
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelSequence: _TypeAlias = CancelSequence  # noqa: Y015
+
+@_typing.final
 class TokenLogprob(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -8,7 +8,6 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from headway.v1 import common_pb2 as _common_pb2
-from headway.v1 import prefill_pb2 as _prefill_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -61,14 +60,14 @@ class DecodeCommand(_message.Message):
         """No prefill worker involved: compute the whole sequence here."""
 
     @_builtins.property
-    def cancel(self) -> _prefill_pb2.CancelSequence: ...
+    def cancel(self) -> _common_pb2.CancelSequence: ...
     def __init__(
         self,
         *,
         expect: Global___DecodeExpect | None = ...,
         begin: Global___DecodeBegin | None = ...,
         start: Global___DecodeStart | None = ...,
-        cancel: _prefill_pb2.CancelSequence | None = ...,
+        cancel: _common_pb2.CancelSequence | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "cancel", b"cancel", "command", b"command", "expect", b"expect", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

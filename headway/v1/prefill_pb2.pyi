@@ -48,12 +48,12 @@ class PrefillCommand(_message.Message):
     @_builtins.property
     def start(self) -> Global___PrefillStart: ...
     @_builtins.property
-    def cancel(self) -> Global___CancelSequence: ...
+    def cancel(self) -> _common_pb2.CancelSequence: ...
     def __init__(
         self,
         *,
         start: Global___PrefillStart | None = ...,
-        cancel: Global___CancelSequence | None = ...,
+        cancel: _common_pb2.CancelSequence | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -88,28 +88,6 @@ class PrefillStart(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillStart: _TypeAlias = PrefillStart  # noqa: Y015
-
-@_typing.final
-class CancelSequence(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
-    ATTEMPT_FIELD_NUMBER: _builtins.int
-    sequence_id: _builtins.str
-    attempt: _builtins.int
-    def __init__(
-        self,
-        *,
-        sequence_id: _builtins.str = ...,
-        attempt: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "sequence_id", b"sequence_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CancelSequence: _TypeAlias = CancelSequence  # noqa: Y015
 
 @_typing.final
 class PrefillServiceRunResponse(_message.Message):

@@ -1,0 +1,96 @@
+"""Announce a worker to its routers: the card first, then its status every half second and after changes of load."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from headway.runtime.channels import open_channel
+from headway.v1 import router_pb2, router_pb2_grpc
+from headway.worker.loop import EngineLoop
+
+log = logging.getLogger(__name__)
+
+STATUS_S = 0.5
+# Between two status messages, however often the load changes.
+LEAST_S = 0.05
+RECONNECT_S = 0.2
+
+
+class Announcer:
+    """One stream to each router, renewed for ever. Announces only while the worker is attached to its kvstore."""
+
+    def __init__(self, routers: tuple[str, ...], loop: EngineLoop, hello: Callable[[], router_pb2.WorkerHello]) -> None:
+        self._routers = routers
+        self._loop = loop
+        self._hello = hello
+        self._changed = [asyncio.Event() for _ in routers]
+        self._draining = False
+
+    def load_changed(self) -> None:
+        for event in self._changed:
+            event.set()
+
+    def drain(self) -> None:
+        """Tell the routers to send no new work."""
+        self._draining = True
+        self.load_changed()
+
+    async def run(self) -> None:
+        await asyncio.gather(
+            *(self._to(router, event) for router, event in zip(self._routers, self._changed, strict=True))
+        )
+
+    async def _to(self, router: str, changed: asyncio.Event) -> None:
+        while True:
+            try:
+                await self._announce(router, changed)
+            except grpc.aio.AioRpcError as error:
+                log.info("router=%s event=announce_ended code=%s", router, error.code().name)
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _announce(self, router: str, changed: asyncio.Event) -> None:
+        while self._loop.slab is None:
+            await changed.wait()
+            changed.clear()
+        async with open_channel(router) as channel:
+            call = router_pb2_grpc.RouterServiceStub(channel).Announce(self._messages(changed))
+            async for response in call:
+                log.info("router=%s id=%s event=announced", router, response.router_id)
+
+    async def _messages(self, changed: asyncio.Event) -> AsyncIterator[router_pb2.AnnounceRequest]:
+        yield router_pb2.AnnounceRequest(hello=self._hello())
+        said_draining = False
+        while True:
+            yield router_pb2.AnnounceRequest(status=self.status())
+            if self._draining and not said_draining:
+                said_draining = True
+                yield router_pb2.AnnounceRequest(draining=router_pb2.Draining())
+            await asyncio.sleep(LEAST_S)
+            try:
+                async with asyncio.timeout(STATUS_S - LEAST_S):
+                    await changed.wait()
+            except TimeoutError:
+                continue
+            finally:
+                changed.clear()
+
+    def status(self) -> router_pb2.WorkerStatus:
+        loop = self._loop
+        running = [active.sequence for active in loop.actives if active.sequence.decoding]
+        waiting = [active.sequence for active in loop.actives if not active.sequence.decoding]
+        slab = loop.slab
+        return router_pb2.WorkerStatus(
+            ready=slab is not None,
+            waiting_sequences=len(waiting),
+            running_sequences=len(running),
+            waiting_tokens=sum(sequence.pending for sequence in waiting),
+            kv_tokens=sum(sequence.computed for sequence in running),
+            free_slots=slab.free_slots if slab else 0,
+            total_slots=slab.total_slots if slab else 0,
+            prefill_coefficients=loop.times.prefill_coefficients,
+            step_coefficients=loop.times.step_coefficients,
+        )

@@ -1,0 +1,54 @@
+"""Settings that prefill and decode workers share."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from headway.core.step import StepLimits
+from headway.runtime.config import ConfigError, option
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """One worker process. Times are in seconds, sizes in tokens unless named otherwise."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(0, "port to listen on; 0 lets the kernel choose")
+    port_file: str = option("", "file that gets the port once the worker listens")
+    worker_id: str = option("", "unique name of this worker; empty: made from host name and process id")
+    kvstore: str = option("127.0.0.1:50052", "host:port of this node's kvstore")
+    routers: tuple[str, ...] = option(("127.0.0.1:50051",), "host:port of every router, separated by commas")
+    model: str = option("smollm2", "name of an added model, or a folder in Hugging Face format")
+    engine: str = option("auto", "auto: transformers; sim: simulated engine", choices=("auto", "sim"))
+    threads: int = option(0, "compute threads; 0: all cores")
+    max_batch: int = option(64, "sequences in one forward")
+    chunk_tokens: int = option(512, "tokens in one forward")
+    shared_chunk_tokens: int = option(64, "prompt tokens in one forward while other sequences decode")
+    growth_tokens: int = option(128, "tokens of slots reserved for the answer before its first token")
+    acquire_timeout_s: float = option(30.0, "how long a request may wait for slots")
+    drain_s: float = option(30.0, "how long running sequences may go on after SIGTERM")
+    log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+    sim_prefill: tuple[float, ...] = option(
+        (0.0, 0.0, 0.0), "simulated prefill seconds: a,b,c of a + b·new + c·new·context"
+    )
+    sim_step: tuple[float, ...] = option((0.0, 0.0, 0.0), "simulated step seconds: a,b,c of a + b·batch + c·kv")
+    sim_context: int = option(131072, "context of the simulated model")
+    sim_poison_token: int = option(-1, "token id that kills a simulated engine's process; -1: none")
+
+    def __post_init__(self) -> None:
+        for name in ("sim_prefill", "sim_step"):
+            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 0:
+                raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be three numbers of at least 0")
+        for name in ("max_batch", "chunk_tokens", "shared_chunk_tokens", "growth_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def limits(self) -> StepLimits:
+        return StepLimits(self.max_batch, self.chunk_tokens, self.shared_chunk_tokens)
+
+    @property
+    def name(self) -> str:
+        return self.worker_id or f"{socket.gethostname()}-{os.getpid()}"

@@ -1,0 +1,111 @@
+"""A worker process: engine, attachment, announcements and one Run service, wired together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+
+from headway.core.model import ModelCard
+from headway.engine.contract import Engine
+from headway.engine.simulated import Latency, SimulatedEngine, simulated_card
+from headway.runtime.convert import card_to_proto
+from headway.runtime.errors import HeadwayError
+from headway.runtime.log import setup_logs
+from headway.runtime.server import GrpcServer, notify, stop_event
+from headway.v1 import common_pb2, router_pb2
+from headway.worker.announce import Announcer
+from headway.worker.attach import Attachment
+from headway.worker.config import WorkerConfig
+from headway.worker.loop import EngineLoop
+
+log = logging.getLogger(__name__)
+
+AddServicer = Callable[[grpc.aio.Server, EngineLoop, ModelCard], None]
+
+
+def make_engine(config: WorkerConfig) -> Engine:
+    """The configured engine. Raises HeadwayError with one sentence when the model cannot be served."""
+    if config.engine == "sim":
+        prefill, step = config.sim_prefill, config.sim_step
+        latency = Latency((prefill[0], prefill[1], prefill[2]), (step[0], step[1], step[2]))
+        poison = None if config.sim_poison_token < 0 else config.sim_poison_token
+        return SimulatedEngine(simulated_card(config.sim_context), latency, poison_token=poison)
+    # torch takes a second to import; a simulated worker does without.
+    from headway.engine.load import ModelError, load_engine
+    from headway.models import resolve
+
+    try:
+        return load_engine(str(resolve(config.model)), threads=config.threads or os.cpu_count())
+    except (ModelError, LookupError, ValueError, OSError) as error:
+        raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
+
+
+async def run_worker(
+    config: WorkerConfig, program: str, role: common_pb2.WorkerRole.ValueType, service: str, add: AddServicer
+) -> None:
+    """Serve until SIGTERM, then drain: no new work, running sequences go on for at most config.drain_s."""
+    setup_logs(program, config.log_level)
+    stopped = stop_event()
+    engine = await asyncio.to_thread(make_engine, config)
+    loop = EngineLoop(
+        engine,
+        config.limits,
+        growth_tokens=config.growth_tokens,
+        acquire_timeout_s=config.acquire_timeout_s,
+        on_load=lambda: announcer.load_changed(),
+    )
+    server = GrpcServer([service])
+    add(server.server, loop, engine.card)
+    port = await server.start(config.host, config.port)
+    hello = router_pb2.WorkerHello(
+        worker_id=config.name,
+        role=role,
+        address=f"{config.host}:{port}",
+        kvstore_address=config.kvstore,
+        model=card_to_proto(engine.card),
+        pid=os.getpid(),
+        max_batch=config.max_batch,
+    )
+
+    def current_hello() -> router_pb2.WorkerHello:
+        hello.node_id = loop.slab.node_id if loop.slab else ""
+        return hello
+
+    announcer = Announcer(config.routers, loop, current_hello)
+    attachment = Attachment(
+        config.kvstore,
+        config.name,
+        engine.card,
+        on_attached=loop.attached,
+        on_lost=loop.lost,
+        on_reclaim=loop.reclaim,
+    )
+    loop.use(attachment)
+    await server.set_serving(True)
+    if config.port_file:
+        Path(config.port_file).write_text(f"{port}\n")
+    notify("READY=1")
+    log.info("event=ready worker=%s port=%d model=%s", config.name, port, engine.card.name)
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(job) for job in (attachment.run(), loop.run(), announcer.run())]
+        await stopped.wait()
+        notify("STOPPING=1")
+        announcer.drain()
+        await _drained(loop, config.drain_s)
+        await server.stop(1.0)
+        for task in running:
+            task.cancel()
+    loop.close()
+
+
+async def _drained(loop: EngineLoop, seconds: float) -> None:
+    """Until no sequence is left, at most `seconds`."""
+    waited = 0.0
+    while loop.actives and waited < seconds:
+        await asyncio.sleep(0.05)
+        waited += 0.05

@@ -1,0 +1,154 @@
+"""The decode worker: joins leases, runs the batch, sends each step's tokens; prefills by itself where told to."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+
+import grpc
+
+from headway.core.model import ModelCard
+from headway.core.sequence import Finish, Sequence
+from headway.engine.contract import Drawn
+from headway.runtime.config import load_or_exit, option
+from headway.runtime.server import run_service
+from headway.v1 import common_pb2, decode_pb2, decode_pb2_grpc
+from headway.worker.active import Active
+from headway.worker.config import WorkerConfig
+from headway.worker.convert import FINISH, Pieces, failure, sequence_from_proto, token_to_proto
+from headway.worker.loop import EngineLoop
+from headway.worker.main import run_worker
+from headway.worker.runs import RunStream
+
+PROGRAM = "headway-decode"
+Requests = AsyncIterator[decode_pb2.DecodeServiceRunRequest]
+ROLES = {"decode": common_pb2.WORKER_ROLE_DECODE, "mixed": common_pb2.WORKER_ROLE_MIXED}
+
+# Sequences announced by Expect whose Begin never came; the oldest are dropped beyond this.
+MAX_EXPECTED = 16384
+
+
+@dataclass(frozen=True)
+class DecodeConfig(WorkerConfig):
+    """Decode worker of Headway: turns KV cache into the rest of the answer."""
+
+    role: str = option("decode", "decode, or mixed: prefills all by itself", choices=("decode", "mixed"))
+
+
+class DecodeRun:
+    """The sequences of one router on this worker."""
+
+    def __init__(self, loop: EngineLoop, card: ModelCard) -> None:
+        self._card = card
+        self._loop = loop
+        self._pieces = Pieces()
+        self._expected: OrderedDict[tuple[str, int], Sequence] = OrderedDict()
+        self.stream: RunStream[decode_pb2.DecodeEvent] = RunStream(loop)
+
+    def handle(self, command: decode_pb2.DecodeCommand) -> None:
+        if command.HasField("begin"):
+            self._begin(command.begin)
+        elif command.HasField("cancel"):
+            cancel = command.cancel
+            self._expected.pop((cancel.sequence_id, cancel.attempt), None)
+            self._pieces.drop(cancel.sequence_id, cancel.attempt)
+            self.stream.cancel(cancel)
+        elif command.HasField("expect"):
+            self._expect(command.expect.sequence)
+        elif sequence := self._whole(command.start.sequence):
+            self._watch(sequence, self._loop.start(sequence, self))
+
+    def _expect(self, piece: common_pb2.Sequence) -> None:
+        if sequence := self._whole(piece):
+            self._expected[sequence.sequence_id, sequence.attempt] = sequence
+            if len(self._expected) > MAX_EXPECTED:
+                self._expected.popitem(last=False)
+
+    def _begin(self, begin: decode_pb2.DecodeBegin) -> None:
+        sequence = self._expected.pop((begin.sequence_id, begin.attempt), None)
+        if sequence is None:
+            message = "this decode worker was not told of the sequence before its begin"
+            problem = failure(grpc.StatusCode.ABORTED, message, retryable=True)
+            self._put(begin.sequence_id, begin.attempt, failure=problem)
+            return
+        sequence.tokens.append(begin.first_token.token_id)
+        self._watch(sequence, self._loop.join(sequence, self, lease_id=begin.lease_id, epoch=begin.epoch))
+
+    def _whole(self, piece: common_pb2.Sequence) -> Sequence | None:
+        message = self._pieces.add(piece)
+        if message is None:
+            return None
+        try:
+            return sequence_from_proto(message, self._card)
+        except ValueError as error:
+            problem = failure(grpc.StatusCode.INVALID_ARGUMENT, str(error), retryable=False)
+            self._put(message.sequence_id, message.attempt, failure=problem)
+            return None
+
+    def _watch(self, sequence: Sequence, active: Active) -> None:
+        self.stream.actives[sequence.sequence_id, sequence.attempt] = active
+
+    def drawn(self, active: Active, drawn: Drawn, output_index: int, finish: Finish | None) -> None:
+        sequence = active.sequence
+        tokens = decode_pb2.DecodeTokens(tokens=[token_to_proto(drawn, output_index)], finish_reason=FINISH[finish])
+        if not active.announced:
+            active.announced = True
+            if active.joined:
+                tokens.timings.handoff_s = active.ready_s - active.received_s
+            else:
+                tokens.cached_tokens = sequence.cached_tokens
+                tokens.computed_tokens = len(sequence.tokens) - 1 - sequence.cached_tokens
+                tokens.timings.queue_s = active.started_s - active.received_s
+                tokens.timings.prefill_s = active.first_token_s - active.started_s
+        if finish is not None:
+            self.stream.forget(sequence)
+        self._put(sequence.sequence_id, sequence.attempt, tokens=tokens)
+
+    def failed(self, active: Active, failure: common_pb2.Failure) -> None:
+        self.stream.forget(active.sequence)
+        self._put(active.sequence.sequence_id, active.sequence.attempt, failure=failure)
+
+    def _put(
+        self,
+        sequence_id: str,
+        attempt: int,
+        *,
+        tokens: decode_pb2.DecodeTokens | None = None,
+        failure: common_pb2.Failure | None = None,
+    ) -> None:
+        self.stream.put(
+            decode_pb2.DecodeEvent(sequence_id=sequence_id, attempt=attempt, tokens=tokens, failure=failure)
+        )
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    def __init__(self, loop: EngineLoop, card: ModelCard) -> None:
+        self._loop = loop
+        self._card = card
+
+    async def Run(
+        self, request_iterator: Requests, context: object
+    ) -> AsyncIterator[decode_pb2.DecodeServiceRunResponse]:
+        run = DecodeRun(self._loop, self._card)
+        async for events in run.stream.serve(_commands(request_iterator), run.handle):
+            yield decode_pb2.DecodeServiceRunResponse(events=events)
+
+
+async def _commands(requests: Requests) -> AsyncIterator[Iterable[decode_pb2.DecodeCommand]]:
+    async for request in requests:
+        yield request.commands
+
+
+def _add(server: grpc.aio.Server, loop: EngineLoop, card: ModelCard) -> None:
+    decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(loop, card), server)
+
+
+def main() -> None:
+    config = load_or_exit(DecodeConfig, PROGRAM)
+    service = decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name
+    run_service(PROGRAM, lambda: run_worker(config, PROGRAM, ROLES[config.role], service, _add))
+
+
+if __name__ == "__main__":
+    main()
