@@ -339,6 +339,8 @@ class Timings(_message.Message):
     TTFT_S_FIELD_NUMBER: _builtins.int
     TOTAL_S_FIELD_NUMBER: _builtins.int
     ROUTE_S_FIELD_NUMBER: _builtins.int
+    PREFILLED_AT_S_FIELD_NUMBER: _builtins.int
+    JOINED_AT_S_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
     """Worker: from receipt to the first forward."""
     prefill_s: _builtins.float
@@ -351,6 +353,11 @@ class Timings(_message.Message):
     """Router: from receipt of the request to the last token."""
     route_s: _builtins.float
     """Router: the time spent on choosing workers."""
+    prefilled_at_s: _builtins.float
+    """The host's monotonic clock, comparable between processes of one host: prefill worker, first token drawn; decode
+    worker, sequence may step.
+    """
+    joined_at_s: _builtins.float
     def __init__(
         self,
         *,
@@ -360,10 +367,12 @@ class Timings(_message.Message):
         ttft_s: _builtins.float = ...,
         total_s: _builtins.float = ...,
         route_s: _builtins.float = ...,
+        prefilled_at_s: _builtins.float = ...,
+        joined_at_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff_s", b"handoff_s", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "route_s", b"route_s", "total_s", b"total_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff_s", b"handoff_s", "joined_at_s", b"joined_at_s", "prefill_s", b"prefill_s", "prefilled_at_s", b"prefilled_at_s", "queue_s", b"queue_s", "route_s", b"route_s", "total_s", b"total_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -96,6 +96,7 @@ class DecodeRun:
             active.announced = True
             if active.joined:
                 tokens.timings.handoff_s = active.ready_s - active.received_s
+                tokens.timings.joined_at_s = active.ready_s
             else:
                 tokens.cached_tokens = sequence.cached_tokens
                 tokens.computed_tokens = len(sequence.tokens) - 1 - sequence.cached_tokens

@@ -65,7 +65,9 @@ class PrefillRun:
             cached_tokens=sequence.cached_tokens,
             computed_tokens=computed,
             timings=common_pb2.Timings(
-                queue_s=active.started_s - active.received_s, prefill_s=active.first_token_s - active.started_s
+                queue_s=active.started_s - active.received_s,
+                prefill_s=active.first_token_s - active.started_s,
+                prefilled_at_s=active.first_token_s,
             ),
             finish_reason=FINISH[finish],
         )
