@@ -1,0 +1,214 @@
+"""The engine loop: prefill, handoff, decode, cancel, preemption and failure over a simulated engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from headway.core.keys import block_keys
+from headway.core.sampling import Sampling
+from headway.core.sequence import Finish
+from headway.core.sequence import Sequence as Running
+from headway.core.step import StepLimits
+from headway.engine.contract import Chunk, Draw, Drawn
+from headway.engine.simulated import SimulatedEngine, expected_tokens, simulated_card
+from headway.v1 import common_pb2
+from headway.worker.active import Active
+from headway.worker.loop import EngineLoop
+from tests.worker.store import LittleStore
+
+
+class Heard:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.indexes: list[int] = []
+        self.lease_id = 0
+        self.failure: common_pb2.Failure | None = None
+        self.over = asyncio.Event()
+
+    def drawn(self, active: Active, drawn: Drawn, output_index: int, finish: Finish | None) -> None:
+        self.tokens.append(drawn.token_id)
+        self.indexes.append(output_index)
+        self.lease_id = active.lease_id
+        if finish or active.joiner:
+            self.over.set()
+
+    def failed(self, active: Active, failure: common_pb2.Failure) -> None:
+        self.failure = failure
+        self.over.set()
+
+
+class GatedEngine(SimulatedEngine):
+    """Each forward waits until the test lets it go; may fail on one token."""
+
+    def __init__(self) -> None:
+        super().__init__(simulated_card())
+        self.gate = threading.Semaphore(1 << 30)
+        self.entered = threading.Semaphore(0)
+        self.fails_on: int | None = None
+        self.batches: list[list[int]] = []
+
+    def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
+        self.entered.release()
+        assert self.gate.acquire(timeout=10)
+        if any(self.fails_on in chunk.tokens for chunk in chunks):
+            raise RuntimeError("cannot compute this")
+        self.batches.append([len(chunk.tokens) for chunk in chunks])
+        return super().forward(chunks)
+
+
+class Bench:
+    """A loop with its engine and store."""
+
+    def __init__(self, limits: StepLimits) -> None:
+        self.engine, self.store = GatedEngine(), LittleStore()
+        self.loop = EngineLoop(self.engine, limits, growth_tokens=16, acquire_timeout_s=1.0)
+        self.loop.use(self.store)  # type: ignore[arg-type]
+        self.loop.attached(self.store.slab())
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    bench = Bench(StepLimits(8, 64, 32))
+    task = asyncio.create_task(bench.loop.run())
+    yield bench
+    bench.engine.gate.release(1000)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    bench.loop.close()
+
+
+def sequence(prompt: Sequence[int], max_tokens: int = 40) -> Running:
+    return Running(
+        sequence_id="s" + str(prompt[0]),
+        attempt=0,
+        tokens=list(prompt),
+        prompt_tokens=len(prompt),
+        namespace=b"n",
+        keys=block_keys(b"n", prompt, 16),
+        sampling=Sampling(),
+        max_tokens=max_tokens,
+        stop_token_ids=frozenset(),
+        arrival_s=0.0,
+        block_size=16,
+        context_tokens=4096,
+        given=len(prompt),
+    )
+
+
+def expected(prompt: Sequence[int], count: int) -> list[int]:
+    return expected_tokens(prompt, count, lambda index: Draw(Sampling(), index))
+
+
+async def until_over(heard: Heard) -> None:
+    await asyncio.wait_for(heard.over.wait(), 10)
+
+
+async def test_prefill_hands_over_and_decode_goes_on_in_the_same_slots(bench: Bench) -> None:
+    prompt, first, rest = list(range(150)), Heard(), Heard()
+    bench.loop.start(sequence(prompt), first, joiner="decode-0")
+    await until_over(first)
+    assert bench.engine.batches == [[64], [64], [22]]
+    joined = sequence(prompt)
+    joined.tokens.append(first.tokens[0])
+    bench.loop.join(joined, rest, lease_id=first.lease_id, epoch=1)
+    await until_over(rest)
+    assert first.tokens + rest.tokens == expected(prompt, 40)
+    assert first.indexes + rest.indexes == list(range(40))
+    assert bench.engine.batches[3:] == [[1]] * 39
+    await asyncio.sleep(0.01)
+    assert bench.store.sealed == block_keys(b"n", (prompt + expected(prompt, 40))[:-1], 16)
+    assert not bench.store.leases
+    assert len(bench.store.free) == 64
+
+
+async def test_a_join_whose_lease_is_gone_recomputes(bench: Bench) -> None:
+    prompt, heard = list(range(30)), Heard()
+    joined = sequence(prompt)
+    joined.tokens.append(expected(prompt, 1)[0])
+    bench.loop.join(joined, heard, lease_id=99, epoch=1)
+    await until_over(heard)
+    assert heard.tokens == expected(prompt, 40)[1:]
+    assert heard.indexes == list(range(1, 40))
+
+
+async def test_several_sequences_share_forwards_and_keep_their_answers(bench: Bench) -> None:
+    prompts = [[seed] * (10 + seed) for seed in range(1, 7)]
+    heards = [Heard() for _ in prompts]
+    for prompt, heard in zip(prompts, heards, strict=True):
+        bench.loop.start(sequence(prompt), heard)
+    for prompt, heard in zip(prompts, heards, strict=True):
+        await until_over(heard)
+        assert heard.tokens == expected(prompt, 40)
+    assert max(len(batch) for batch in bench.engine.batches) == 6
+    assert len(bench.engine.batches) < 60
+
+
+@pytest.mark.parametrize("how", ["cancel", "reclaim"])
+async def test_slots_in_use_by_a_forward_are_given_up_only_after_it(bench: Bench, how: str) -> None:
+    bench.engine.gate = threading.Semaphore(0)
+    prompt, heard = list(range(40)), Heard()
+    active = bench.loop.start(sequence(prompt), heard)
+    await asyncio.to_thread(bench.engine.entered.acquire)
+    if how == "cancel":
+        bench.loop.cancel(active)
+    else:
+        bench.loop.reclaim(active.lease_id)
+    await asyncio.sleep(0.02)
+    assert "release" not in bench.store.operations
+    bench.engine.gate.release(1000)
+    if how == "reclaim":
+        await until_over(heard)
+        assert heard.tokens == expected(prompt, 40)
+    await asyncio.sleep(0.05)
+    assert "release" in bench.store.operations
+    assert not bench.store.leases
+
+
+async def test_a_refused_extension_preempts_by_recompute(bench: Bench) -> None:
+    bench.store.refuse_extend = True
+    prompt, heard = list(range(20)), Heard()
+    bench.loop.start(sequence(prompt, 100), heard)
+    await until_over(heard)
+    assert heard.tokens == expected(prompt, 100)
+    assert heard.indexes == list(range(100))
+    assert bench.store.operations.count("acquire") == 2
+
+
+async def test_when_a_batch_fails_only_the_culprit_fails(bench: Bench) -> None:
+    bench.engine.fails_on = 200
+    good, bad = Heard(), Heard()
+    bench.loop.start(sequence([1, 2, 3]), good)
+    bench.loop.start(sequence([200, 2, 3]), bad)
+    await until_over(good)
+    await until_over(bad)
+    assert good.tokens == expected([1, 2, 3], 40)
+    assert bad.failure is not None
+    assert bad.failure.code == 13
+    assert not bad.failure.retryable
+    assert "cannot compute this" in bad.failure.message
+
+
+async def test_a_lost_kvstore_fails_sequences_over_and_lets_go_of_the_slab(bench: Bench) -> None:
+    bench.engine.gate = threading.Semaphore(0)
+    heard = Heard()
+    bench.loop.start(sequence(list(range(40))), heard)
+    await asyncio.to_thread(bench.engine.entered.acquire)
+    losing = asyncio.create_task(bench.loop.lost())
+    await asyncio.sleep(0.02)
+    assert not losing.done(), "the slab was let go while a forward used it"
+    bench.engine.gate.release(1000)
+    await losing
+    assert heard.failure is not None
+    assert heard.failure.retryable
+    batches = len(bench.engine.batches)
+    late = Heard()
+    bench.loop.start(sequence([5, 5]), late)
+    await until_over(late)
+    assert late.failure is not None
+    assert len(bench.engine.batches) == batches
