@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+ACCEPTED: dict[type, tuple[type, ...]] = {int: (int, str), float: (int, float, str), str: (str,)}
+
 
 class ConfigError(Exception):
     """One line that says which setting is wrong and what it may be."""
@@ -85,33 +88,27 @@ def _from_toml(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
 def _convert(name: str, value: Any, kind: Any, field: Any) -> Any:
     try:
         converted = _to_type(value, kind)
-    except (ValueError, TypeError):
-        wanted = getattr(kind, "__name__", str(kind))
-        raise ConfigError(f"setting {name} is {value!r}; it must be of type {wanted}") from None
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(f"setting {name} is {value!r}; it must be {_kind_name(kind)}") from None
     choices = field.metadata.get("choices", ())
     if choices and converted not in choices:
         raise ConfigError(f"setting {name} is {value!r}; it must be one of {', '.join(choices)}")
     return converted
 
 
+def _kind_name(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"a list, each {_kind_name(typing.get_args(kind)[0])}"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
 def _to_type(value: Any, kind: Any) -> Any:
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        return (
-            {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
-            if str(value).lower() in ("true", "1", "yes", "false", "0", "no")
-            else _refuse()
-        )
+    """Raises ValueError, TypeError or KeyError when `value`, from TOML or as text, is none of that kind."""
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list) else [item for item in str(value).split(",") if item]
         return tuple(_to_type(item, typing.get_args(kind)[0]) for item in items)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return _refuse()
-    if kind is int and isinstance(value, float):
-        return _refuse()
+    if kind is bool:
+        return BOOLEANS[str(value).lower()]
+    if isinstance(value, bool) or not isinstance(value, ACCEPTED[kind]):
+        raise TypeError(value)
     return kind(value)
-
-
-def _refuse() -> Any:
-    raise ValueError

@@ -1,0 +1,101 @@
+"""From proto messages to results."""
+
+from __future__ import annotations
+
+from headway.client.results import (
+    Event,
+    Explanation,
+    Finished,
+    FleetView,
+    Placement,
+    Started,
+    Store,
+    TextDelta,
+    Timings,
+    Token,
+    Usage,
+    Worker,
+)
+from headway.v1 import common_pb2, router_pb2
+
+
+def event_from_proto(response: router_pb2.GenerateResponse) -> Event | None:
+    """None for a kind of event that this version does not know."""
+    match response.WhichOneof("event"):
+        case "started":
+            started = response.started
+            return Started(response.choice, started.request_id, started.prompt_tokens, started.model)
+        case "delta":
+            return TextDelta(response.choice, response.delta.text, tuple(map(_token, response.delta.tokens)))
+        case "finished":
+            return _finished(response.choice, response.finished)
+    return None
+
+
+def explanation_from_proto(response: router_pb2.ExplainResponse) -> Explanation:
+    options = tuple(
+        Placement(o.prefill_worker, o.decode_worker, o.overlap_tokens, o.wait_s, o.compute_s, o.cost_s, o.refused)
+        for o in response.options
+    )
+    return Explanation(response.prompt_tokens, options)
+
+
+def fleet_from_proto(response: router_pb2.FleetResponse) -> FleetView:
+    stores = tuple(
+        Store(s.node_id, s.address, s.indexed_blocks, s.last_sequence_number, s.watching) for s in response.stores
+    )
+    model = response.model
+    return FleetView(
+        workers=tuple(map(_worker, response.workers)),
+        stores=stores,
+        model=model.name,
+        context_tokens=model.context_tokens,
+        block_size=model.kv_format.block_size,
+        requests_in_flight=response.requests_in_flight,
+    )
+
+
+def _token(token: common_pb2.Token) -> Token:
+    logprob = token.logprob if token.HasField("logprob") else None
+    top = tuple((entry.token_id, entry.logprob) for entry in token.top_logprobs)
+    return Token(token.token_id, token.output_index, logprob, top)
+
+
+def _finished(choice: int, finished: router_pb2.Finished) -> Finished:
+    u, t = finished.usage, finished.timings
+    return Finished(
+        choice=choice,
+        reason=_short(common_pb2.FinishReason.Name(finished.reason), "FINISH_REASON_"),
+        usage=Usage(
+            u.prompt_tokens, u.cached_tokens, u.computed_tokens, u.output_tokens, u.handoff_bytes, u.working_copy_bytes
+        ),
+        timings=Timings(t.queue_s, t.prefill_s, t.handoff_s, t.ttft_s, t.total_s, t.route_s),
+        prefill_worker=finished.prefill_worker,
+        decode_worker=finished.decode_worker,
+        replays=finished.replays,
+        stop_string=finished.stop_string,
+        stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
+    )
+
+
+def _worker(worker: router_pb2.WorkerView) -> Worker:
+    status = worker.status
+    return Worker(
+        worker_id=worker.worker_id,
+        node_id=worker.node_id,
+        role=_short(common_pb2.WorkerRole.Name(worker.role), "WORKER_ROLE_"),
+        address=worker.address,
+        pid=worker.pid,
+        ready=status.ready,
+        age_s=worker.age_s,
+        waiting_sequences=status.waiting_sequences,
+        running_sequences=status.running_sequences,
+        waiting_tokens=status.waiting_tokens,
+        kv_tokens=status.kv_tokens,
+        free_slots=status.free_slots,
+        total_slots=status.total_slots,
+    )
+
+
+def _short(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower()
