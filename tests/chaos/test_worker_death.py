@@ -1,0 +1,120 @@
+"""kill -9, SIGSTOP and poison: a stream goes on and ends as if nothing had happened, or ends with the right status."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from headway.fleet import Fleet, FleetSpec
+from headway.runtime.channels import open_channel
+from headway.v1 import router_pb2, router_pb2_grpc
+from tests.support import Stub, expected, generate, request, settled, stats
+
+# Slow enough that a kill lands where it is meant to: 10 ms a step, 30 ms a prefill.
+SPEC = FleetSpec(
+    prefill=2,
+    decode=2,
+    model="sim",
+    engine="sim",
+    slab_bytes=2 << 20,
+    worker_flags=("--sim-prefill", "0.03,0,0", "--sim-step", "0.01,0,0"),
+)
+PROMPT = list(b"The quick brown fox jumps over the lazy dog. " * 3)
+HINT = router_pb2.PlacementHint(prefill_worker="prefill-0", decode_worker="decode-0", force_apart=True)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(SPEC, tmp_path_factory.mktemp("fleet")) as fleet:
+        fleet.wait_ready(60)
+        yield fleet
+
+
+@pytest.fixture
+async def stub(fleet: Fleet) -> AsyncIterator[Stub]:
+    async with open_channel(fleet.address) as channel:
+        yield router_pb2_grpc.RouterServiceStub(channel)
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+@pytest.mark.parametrize("position", range(21))
+async def test_kill_at_every_token_position(fleet: Fleet, stub: Stub, victim: str, position: int) -> None:
+    await asyncio.to_thread(fleet.wait_ready, 30)
+
+    async def kill(tokens: int) -> None:
+        if tokens == position:
+            fleet.kill(victim)
+
+    prompt = [position, *PROMPT]
+    out = await generate(stub, request(prompt, placement=HINT), kill)
+    assert (out.code, out.details) == (grpc.StatusCode.OK, "")
+    assert out.tokens == expected(prompt)
+    assert out.indexes == list(range(24))
+    assert await asyncio.to_thread(fleet.restart, victim) is None
+    await settled(fleet.kvstore_address)
+
+
+async def test_nobody_left_to_decode_is_unavailable_within_two_seconds(fleet: Fleet, stub: Stub) -> None:
+    await asyncio.to_thread(fleet.wait_ready, 30)
+
+    async def kill(tokens: int) -> None:
+        if tokens == 5:
+            fleet.kill("decode-0")
+            fleet.kill("decode-1")
+
+    out = await generate(stub, request(PROMPT, placement=HINT), kill)
+    assert out.code == grpc.StatusCode.UNAVAILABLE
+    assert out.longest_gap_s < 2.5
+    assert out.tokens == expected(PROMPT)[: len(out.tokens)]
+    for name in ("decode-0", "decode-1"):
+        await asyncio.to_thread(fleet.restart, name)
+    await settled(fleet.kvstore_address)
+
+
+async def test_a_stopped_worker_that_wakes_up_harms_nobody(fleet: Fleet, stub: Stub) -> None:
+    await asyncio.to_thread(fleet.wait_ready, 30)
+    await generate(stub, request([9, *PROMPT]))
+    before = {c.block_key: c.checksum for c in (await stats(fleet.kvstore_address, checksum_blocks=True)).checksums}
+
+    async def stop(tokens: int) -> None:
+        if tokens == 8:
+            fleet.stop_signal("decode-0")
+
+    try:
+        out = await generate(stub, request(PROMPT, 60, placement=HINT), stop)
+        assert (out.code, out.tokens) == (grpc.StatusCode.OK, expected(PROMPT, 60))
+        prompts = [[seed] * 100 for seed in range(40)]
+        running = [asyncio.create_task(generate(stub, request(prompt, 40))) for prompt in prompts]
+        await asyncio.sleep(0.2)
+        fleet.cont("decode-0")
+        for prompt, other in zip(prompts, await asyncio.gather(*running), strict=True):
+            assert (other.code, other.tokens) == (grpc.StatusCode.OK, expected(prompt, 40))
+    finally:
+        fleet.cont("decode-0")
+    figures = await settled(fleet.kvstore_address, 20)
+    after = await stats(fleet.kvstore_address, checksum_blocks=True)
+    now = {c.block_key: c.checksum for c in after.checksums}
+    assert figures.quarantined_slots == 0
+    assert all(now[key] == checksum for key, checksum in before.items() if key in now)
+    assert set(before) & set(now)
+
+
+async def test_a_request_that_kills_every_worker_ends_with_internal(tmp_path: Path) -> None:
+    spec = FleetSpec(
+        prefill=3, decode=1, model="sim", engine="sim", slab_bytes=8 << 20, worker_flags=("--sim-poison-token", "255")
+    )
+    with Fleet(spec, tmp_path) as fleet:
+        fleet.wait_ready(60)
+        async with open_channel(fleet.address) as channel:
+            stub = router_pb2_grpc.RouterServiceStub(channel)
+            out = await generate(stub, request([1, 2, 255, 4]))
+            assert out.code == grpc.StatusCode.INTERNAL
+            alive = [name for name in fleet.names if fleet.alive(name)]
+            assert len([name for name in alive if name.startswith("prefill")]) == 1
+            other = await generate(stub, request(PROMPT))
+            assert (other.code, other.tokens) == (grpc.StatusCode.OK, expected(PROMPT))
+        await settled(fleet.kvstore_address)

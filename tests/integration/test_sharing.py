@@ -1,0 +1,89 @@
+"""A common prefix is computed once on a node, whichever workers run it; another cache salt shares nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from headway.fleet import Fleet, FleetSpec
+from headway.runtime.channels import open_channel
+from headway.v1 import router_pb2, router_pb2_grpc
+from tests.support import Outcome, Stub, expected, generate, request, settled
+
+SPEC = FleetSpec(prefill=2, decode=2, model="sim", engine="sim", slab_bytes=16 << 20)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(SPEC, tmp_path_factory.mktemp("fleet")) as fleet:
+        fleet.wait_ready(60)
+        yield fleet
+
+
+@pytest.fixture
+async def stub(fleet: Fleet) -> AsyncIterator[Stub]:
+    async with open_channel(fleet.address) as channel:
+        yield router_pb2_grpc.RouterServiceStub(channel)
+
+
+def on(number: int) -> router_pb2.PlacementHint:
+    return router_pb2.PlacementHint(
+        prefill_worker=f"prefill-{number}", decode_worker=f"decode-{number}", force_apart=True
+    )
+
+
+def figures(out: Outcome) -> tuple[int, int]:
+    return out.finished.usage.cached_tokens, out.finished.usage.computed_tokens
+
+
+async def test_two_workers_of_a_node_compute_a_common_prefix_once(fleet: Fleet, stub: Stub) -> None:
+    common = list(range(160))
+    first = await generate(stub, request([*common, 1, 2, 3], placement=on(0)))
+    second = await generate(stub, request([*common, 7, 8, 9, 10], placement=on(1)))
+    assert first.finished.prefill_worker == "prefill-0"
+    assert second.finished.prefill_worker == "prefill-1"
+    assert figures(first) == (0, 163)
+    assert figures(second) == (160, 4)
+    assert second.tokens == expected([*common, 7, 8, 9, 10])
+    assert second.finished.usage.handoff_bytes == 0
+
+
+async def test_siblings_that_come_at_once_still_share(fleet: Fleet, stub: Stub) -> None:
+    common = list(range(50, 178))
+    prompts = [[*common, *[number] * 5] for number in range(8)]
+    outs = await asyncio.gather(*(generate(stub, request(prompt, placement=on(0))) for prompt in prompts))
+    for prompt, out in zip(prompts, outs, strict=True):
+        assert out.tokens == expected(prompt)
+    after = await generate(stub, request([*common, 99], placement=on(1)))
+    assert figures(after) == (128, 1)
+    await settled(fleet.kvstore_address)
+
+
+async def test_the_next_turn_finds_the_answer_cached(stub: Stub) -> None:
+    prompt = [33] * 40
+    first = await generate(stub, request(prompt, 40))
+    turn = [*prompt, *first.tokens, 1, 2, 3]
+    second = await generate(stub, request(turn))
+    # All full blocks of prompt and answer but the last token, whose K and V nobody needed.
+    assert figures(second) == ((40 + 40 - 1) // 16 * 16, len(turn) - (40 + 40 - 1) // 16 * 16)
+    assert second.tokens == expected(turn)
+
+
+async def test_a_match_leaves_at_least_one_token_to_compute(stub: Stub) -> None:
+    prompt = [44] * 64
+    await generate(stub, request(prompt))
+    again = await generate(stub, request(prompt))
+    assert figures(again) == (48, 16)
+    assert again.tokens == expected(prompt)
+
+
+async def test_another_salt_shares_nothing(stub: Stub) -> None:
+    prompt = [55] * 100
+    await generate(stub, request(prompt, cache_salt="a"))
+    other = await generate(stub, request(prompt, cache_salt="b"))
+    same = await generate(stub, request(prompt, cache_salt="a"))
+    assert figures(other) == (0, 100)
+    assert figures(same) == (96, 4)
+    assert other.tokens == same.tokens == expected(prompt)
