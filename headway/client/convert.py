@@ -69,7 +69,9 @@ def _finished(choice: int, finished: router_pb2.Finished) -> Finished:
         usage=Usage(
             u.prompt_tokens, u.cached_tokens, u.computed_tokens, u.output_tokens, u.handoff_bytes, u.working_copy_bytes
         ),
-        timings=Timings(t.queue_s, t.prefill_s, t.handoff_s, t.ttft_s, t.total_s, t.route_s),
+        timings=Timings(
+            t.queue_s, t.prefill_s, t.handoff_s, t.ttft_s, t.total_s, t.route_s, t.prefilled_at_s, t.joined_at_s
+        ),
         prefill_worker=finished.prefill_worker,
         decode_worker=finished.decode_worker,
         replays=finished.replays,

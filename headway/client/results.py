@@ -46,7 +46,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """`queue_s` and `prefill_s` at the prefilling worker, `handoff_s` at the decoding one, the rest at the router."""
+    """`queue_s` and `prefill_s` at the prefilling worker, `handoff_s` at the decoding one, the rest at the router.
+
+    `prefilled_at_s` and `joined_at_s` are instants of the host's monotonic clock: first token drawn, sequence may step.
+    """
 
     queue_s: float
     prefill_s: float
@@ -54,6 +57,8 @@ class Timings:
     ttft_s: float
     total_s: float
     route_s: float
+    prefilled_at_s: float
+    joined_at_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,63 @@
+"""`headway fleet` and `headway explain`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+
+from headway.cli.ask import read_prompt
+from headway.client import Client, Placement, Worker
+from headway.client.pace import milliseconds
+
+
+def fleet(arguments: argparse.Namespace) -> int:
+    with Client(arguments.address) as client:
+        view = client.fleet()
+    model = view.model or "no model yet"
+    print(f"{model}, context {view.context_tokens} tokens, {view.requests_in_flight} requests in flight\n")
+    heads = ["worker", "node", "role", "state", "waiting", "running", "tokens to compute", "slots in use", "pid"]
+    print(table(heads, map(_worker_row, view.workers)))
+    print()
+    stores = (
+        [s.node_id, s.address, "watching" if s.watching else "unreachable", s.indexed_blocks,
+         s.indexed_blocks * view.block_size]
+        for s in view.stores
+    )  # fmt: skip
+    print(table(["kvstore of", "address", "state", "cached blocks", "cached tokens"], stores))
+    return 0
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    with Client(arguments.address) as client:
+        explanation = client.explain(read_prompt(arguments.prompt))
+    print(f"a prompt of {explanation.prompt_tokens} tokens; the first option would be taken\n")
+    heads = ["prefill", "decode", "cached tokens", "wait", "compute", "to first token", "refused because"]
+    print(table(heads, map(_option_row, explanation.options)))
+    return 0
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns as wide as their widest cell; numbers to the right."""
+    cells = [list(heads), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if cell.isdigit() else cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join(lines)
+
+
+def _worker_row(worker: Worker) -> list[object]:
+    state = "ready" if worker.ready else "not ready"
+    used = f"{worker.total_slots - worker.free_slots} of {worker.total_slots}"
+    return [
+        worker.worker_id, worker.node_id, worker.role, state, worker.waiting_sequences, worker.running_sequences,
+        worker.waiting_tokens, used, worker.pid,
+    ]  # fmt: skip
+
+
+def _option_row(option: Placement) -> list[object]:
+    times = [milliseconds(seconds) for seconds in (option.wait_s, option.compute_s, option.cost_s)]
+    return [option.prefill_worker or "–", option.decode_worker or "–", option.overlap_tokens, *times, option.refused]

@@ -1,0 +1,75 @@
+"""What a local fleet consists of, and the flags of each of its services."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+MODEL_SLAB_BYTES = 1 << 30
+SIM_SLAB_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class FleetSpec:
+    """Numbers of workers, and what they serve. Names are router, kvstore (kvstore-1, … on further nodes),
+    prefill-0, decode-0, mixed-0, and so on.
+
+    Workers are dealt to the nodes in turn; each node has one kvstore. `port` is the router's, 0 lets the kernel choose.
+    `slab_bytes` is per kvstore (None: 1 GiB, or 64 MiB for simulated engines), `threads` per worker (None: the cores
+    shared evenly). `worker_flags` go to every worker; `flags` and `env` add to those of a role ("kvstore", "router",
+    "prefill", "decode", "mixed") or of one process ("decode-1"). `supervise` restarts what dies, on its old port.
+
+    Raises ValueError.
+    """
+
+    prefill: int = 1
+    decode: int = 1
+    mixed: int = 0
+    model: str = "smollm2"
+    engine: str = "auto"
+    slab_bytes: int | None = None
+    threads: int | None = None
+    port: int = 0
+    nodes: int = 1
+    worker_flags: Sequence[str] = ()
+    flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    supervise: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.prefill, self.decode, self.mixed) < 0 or self.nodes < 1:
+            raise ValueError("a fleet cannot have a negative number of workers, nor less than one node")
+        if not self.mixed and not (self.prefill and self.decode):
+            raise ValueError("a fleet needs a mixed worker, or at least one prefill and one decode worker")
+
+    @property
+    def workers(self) -> list[tuple[str, str, int]]:
+        """(name, role, node) of each worker."""
+        counts = {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
+        return [(f"{role}-{at}", role, at % self.nodes) for role, count in counts.items() for at in range(count)]
+
+    @property
+    def kvstores(self) -> list[str]:
+        return ["kvstore", *(f"kvstore-{node}" for node in range(1, self.nodes))]
+
+    def flags_of_kvstore(self, node: int, slab_name: str, run_dir: str) -> list[str]:
+        default = SIM_SLAB_BYTES if self.engine == "sim" else MODEL_SLAB_BYTES
+        slab_bytes = default if self.slab_bytes is None else self.slab_bytes
+        flags = ["--node-id", f"node-{node}", "--slab-bytes", str(slab_bytes), "--slab-name", slab_name]
+        return [*flags, "--run-dir", run_dir, *self.extra_flags("kvstore", self.kvstores[node])]
+
+    def flags_of_worker(self, name: str, role: str, kvstore: str, router: str) -> list[str]:
+        """`kvstore` and `router` are addresses."""
+        threads = self.threads or max(1, (os.cpu_count() or 1) // len(self.workers))
+        flags = ["--worker-id", name, "--kvstore", kvstore, "--routers", router, "--model", self.model]
+        flags += ["--engine", self.engine, "--threads", str(threads)]
+        if role != "prefill":
+            flags += ["--role", role]
+        return [*flags, *self.worker_flags, *self.extra_flags(role, name)]
+
+    def extra_flags(self, role: str, name: str) -> list[str]:
+        return [flag for key in dict.fromkeys([role, name]) for flag in self.flags.get(key, ())]
+
+    def extra_env(self, role: str, name: str) -> dict[str, str]:
+        return {**self.env.get(role, {}), **self.env.get(name, {})}
