@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from headway.fleet import Fleet, FleetSpec
 
 from bench.report import finish, mark, median, percentile, plot_lines, progress
+from headway.fleet import Fleet, FleetSpec
 from headway.runtime.channels import open_channel
 from headway.v1 import router_pb2, router_pb2_grpc
 

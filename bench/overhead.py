@@ -16,9 +16,9 @@ from typing import Any
 
 import grpc
 import uvloop
-from headway.fleet import Fleet, FleetSpec
 
 from bench.report import busy_share, cpu_seconds, finish, mark, median, percentile, plot_lines, progress
+from headway.fleet import Fleet, FleetSpec
 from headway.runtime.channels import open_channel
 from headway.v1 import kvstore_pb2, kvstore_pb2_grpc, router_pb2, router_pb2_grpc
 
@@ -92,7 +92,7 @@ async def leases_left(address: str) -> int:
 
 async def measure(fleet: Fleet, *, quick: bool) -> dict[str, Any]:
     rounds, single, parallel = (3, 30, 300) if quick else (5, 100, 1500)
-    pids = {name: fleet.process(name) for name in fleet.names}
+    pids = {name: fleet.process(name) for name in fleet.processes}
     out: dict[str, Any] = {"rows": []}
     async with open_channel(fleet.address) as channel:
         stub: router_pb2_grpc.RouterServiceAsyncStub = router_pb2_grpc.RouterServiceStub(channel)
@@ -149,7 +149,7 @@ def main() -> None:
             out = uvloop.run(measure(fleet, quick=arguments.quick))
         except grpc.aio.AioRpcError as error:
             raise SystemExit(f"a request failed: {error.details()}") from None
-        out["leases_left"] = uvloop.run(leases_left(fleet.kvstore_address))
+        out["leases_left"] = uvloop.run(leases_left(fleet.address_of("kvstore-0")))
     rows = {(row["prompt_tokens"], row["output_tokens"]): row for row in out["rows"]}
     short = rows[1024, 2]
     out["marks"] = {

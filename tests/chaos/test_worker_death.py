@@ -9,20 +9,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from headway.fleet import Fleet, FleetSpec
+from headway.fleet import Fleet
 from headway.runtime.channels import open_channel
 from headway.v1 import router_pb2, router_pb2_grpc
-from tests.support import Stub, expected, generate, request, settled, stats
+from tests.support import Stub, expected, generate, request, settled, sim_spec, stats
 
 # Slow enough that a kill lands where it is meant to: 10 ms a step, 30 ms a prefill.
-SPEC = FleetSpec(
-    prefill=2,
-    decode=2,
-    model="sim",
-    engine="sim",
-    slab_bytes=2 << 20,
-    worker_flags=("--sim-prefill", "0.03,0,0", "--sim-step", "0.01,0,0"),
-)
+SPEC = sim_spec(2, 2, 2 << 20, "--sim-prefill", "0.03,0,0", "--sim-step", "0.01,0,0")
 PROMPT = list(b"The quick brown fox jumps over the lazy dog. " * 3)
 HINT = router_pb2.PlacementHint(prefill_worker="prefill-0", decode_worker="decode-0", force_apart=True)
 
@@ -55,7 +48,7 @@ async def test_kill_at_every_token_position(fleet: Fleet, stub: Stub, victim: st
     assert out.tokens == expected(prompt)
     assert out.indexes == list(range(24))
     assert await asyncio.to_thread(fleet.restart, victim) is None
-    await settled(fleet.kvstore_address)
+    await settled(fleet.address_of("kvstore-0"))
 
 
 async def test_nobody_left_to_decode_is_unavailable_within_two_seconds(fleet: Fleet, stub: Stub) -> None:
@@ -72,13 +65,15 @@ async def test_nobody_left_to_decode_is_unavailable_within_two_seconds(fleet: Fl
     assert out.tokens == expected(PROMPT)[: len(out.tokens)]
     for name in ("decode-0", "decode-1"):
         await asyncio.to_thread(fleet.restart, name)
-    await settled(fleet.kvstore_address)
+    await settled(fleet.address_of("kvstore-0"))
 
 
 async def test_a_stopped_worker_that_wakes_up_harms_nobody(fleet: Fleet, stub: Stub) -> None:
     await asyncio.to_thread(fleet.wait_ready, 30)
     await generate(stub, request([9, *PROMPT]))
-    before = {c.block_key: c.checksum for c in (await stats(fleet.kvstore_address, checksum_blocks=True)).checksums}
+    before = {
+        c.block_key: c.checksum for c in (await stats(fleet.address_of("kvstore-0"), checksum_blocks=True)).checksums
+    }
 
     async def stop(tokens: int) -> None:
         if tokens == 8:
@@ -95,8 +90,8 @@ async def test_a_stopped_worker_that_wakes_up_harms_nobody(fleet: Fleet, stub: S
             assert (other.code, other.tokens) == (grpc.StatusCode.OK, expected(prompt, 40))
     finally:
         fleet.cont("decode-0")
-    figures = await settled(fleet.kvstore_address, 20)
-    after = await stats(fleet.kvstore_address, checksum_blocks=True)
+    figures = await settled(fleet.address_of("kvstore-0"), 20)
+    after = await stats(fleet.address_of("kvstore-0"), checksum_blocks=True)
     now = {c.block_key: c.checksum for c in after.checksums}
     assert figures.quarantined_slots == 0
     assert all(now[key] == checksum for key, checksum in before.items() if key in now)
@@ -104,17 +99,15 @@ async def test_a_stopped_worker_that_wakes_up_harms_nobody(fleet: Fleet, stub: S
 
 
 async def test_a_request_that_kills_every_worker_ends_with_internal(tmp_path: Path) -> None:
-    spec = FleetSpec(
-        prefill=3, decode=1, model="sim", engine="sim", slab_bytes=8 << 20, worker_flags=("--sim-poison-token", "255")
-    )
+    spec = sim_spec(3, 1, 8 << 20, "--sim-poison-token", "255")
     with Fleet(spec, tmp_path) as fleet:
         fleet.wait_ready(60)
         async with open_channel(fleet.address) as channel:
             stub = router_pb2_grpc.RouterServiceStub(channel)
             out = await generate(stub, request([1, 2, 255, 4]))
             assert out.code == grpc.StatusCode.INTERNAL
-            alive = [name for name in fleet.names if fleet.alive(name)]
+            alive = [name for name, process in fleet.processes.items() if process.alive]
             assert len([name for name in alive if name.startswith("prefill")]) == 1
             other = await generate(stub, request(PROMPT))
             assert (other.code, other.tokens) == (grpc.StatusCode.OK, expected(PROMPT))
-        await settled(fleet.kvstore_address)
+        await settled(fleet.address_of("kvstore-0"))

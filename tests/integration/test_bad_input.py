@@ -13,15 +13,13 @@ import grpc
 import pytest
 
 from headway.core.model import KvFormat, LayerGroup
-from headway.fleet import Fleet, FleetSpec
+from headway.fleet import Fleet
 from headway.runtime.channels import open_channel
 from headway.runtime.convert import kv_format_to_proto
 from headway.v1 import common_pb2, kvstore_pb2, kvstore_pb2_grpc, router_pb2, router_pb2_grpc
-from tests.support import Stub, generate, request, settled
+from tests.support import Stub, generate, request, settled, sim_spec
 
-SPEC = FleetSpec(
-    prefill=1, decode=1, model="sim", engine="sim", slab_bytes=1 << 20, worker_flags=("--sim-context", "2048")
-)
+SPEC = sim_spec(1, 1, 1 << 20, "--sim-context", "2048")
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -76,13 +74,13 @@ async def test_bad_requests(fleet: Fleet, stub: Stub, name: str) -> None:
     assert word in out.details
     assert len(out.details) > 20
     assert out.tokens == []
-    await settled(fleet.kvstore_address)
+    await settled(fleet.address_of("kvstore-0"))
 
 
 async def test_an_oversized_message_is_refused(fleet: Fleet, stub: Stub) -> None:
     out = await generate(stub, router_pb2.GenerateRequest(text=b"x" * (20 << 20)))
     assert out.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    await settled(fleet.kvstore_address)
+    await settled(fleet.address_of("kvstore-0"))
 
 
 async def test_a_request_id_in_flight_is_not_taken_twice(fleet: Fleet, stub: Stub) -> None:
@@ -100,11 +98,11 @@ async def test_a_request_id_in_flight_is_not_taken_twice(fleet: Fleet, stub: Stu
     assert "mine" in second.details
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
-    await settled(fleet.kvstore_address)
+    await settled(fleet.address_of("kvstore-0"))
 
 
 async def test_a_prompt_that_the_slab_can_never_hold_is_refused(tmp_path: Path) -> None:
-    spec = FleetSpec(prefill=1, decode=1, model="sim", engine="sim", slab_bytes=128 << 10)
+    spec = sim_spec(1, 1, 128 << 10)
     with Fleet(spec, tmp_path) as small:
         small.wait_ready(60)
         async with open_channel(small.address) as channel:
@@ -112,13 +110,13 @@ async def test_a_prompt_that_the_slab_can_never_hold_is_refused(tmp_path: Path) 
         assert out.code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "slab" in out.details
         assert out.seconds < 3
-        await settled(small.kvstore_address)
+        await settled(small.address_of("kvstore-0"))
 
 
 async def test_a_worker_with_another_kv_format_is_refused(fleet: Fleet) -> None:
     other = KvFormat(32, "float32", "layer,kv,head,token,dim", (LayerGroup(2, 1, 8, 128),))
     hello = kvstore_pb2.AttachHello(worker_id="x", pid=1, kv_format=kv_format_to_proto(other), incarnation="x")
-    async with open_channel(fleet.kvstore_address) as channel:
+    async with open_channel(fleet.address_of("kvstore-0")) as channel:
         call = kvstore_pb2_grpc.KvStoreServiceStub(channel).Attach(iter([kvstore_pb2.AttachRequest(hello=hello)]))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in call:

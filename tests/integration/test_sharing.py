@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from headway.fleet import Fleet, FleetSpec
+from headway.fleet import Fleet
 from headway.runtime.channels import open_channel
 from headway.v1 import router_pb2, router_pb2_grpc
-from tests.support import Outcome, Stub, expected, generate, request, settled
+from tests.support import Outcome, Stub, expected, generate, request, settled, sim_spec
 
-SPEC = FleetSpec(prefill=2, decode=2, model="sim", engine="sim", slab_bytes=16 << 20)
+SPEC = sim_spec(2, 2, 16 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ async def test_siblings_that_come_at_once_still_share(fleet: Fleet, stub: Stub) 
         assert out.tokens == expected(prompt)
     after = await generate(stub, request([*common, 99], placement=on(1)))
     assert figures(after) == (128, 1)
-    await settled(fleet.kvstore_address)
+    await settled(fleet.address_of("kvstore-0"))
 
 
 async def test_the_next_turn_finds_the_answer_cached(stub: Stub) -> None:
