@@ -63,7 +63,7 @@ def station_log(days: int = 75) -> str:
     weather = ["calm", "windy", "rainy", "foggy", "clear"]
     work = ["cleaned the lamp", "counted the ships", "mended the stairs", "wrote letters", "painted the door"]
     lines = [
-        f"Day {day}: the weather was {weather[day * 3 % 5]}, the keeper {work[day * 7 % 4]}."
+        f"Day {day}: the weather was {weather[day * 3 % 5]}, the keeper {work[day * 7 % 5]}."
         for day in range(1, days + 1)
     ]
     lines[days // 2] = f"Day {days // 2 + 1}: a whale came close to the rocks and the keeper named it Clementine."
@@ -104,19 +104,24 @@ def _answer(client: Client, chat: Sequence[Message], max_tokens: int, shown: str
 
 def _labelled(client: Client, at: int, prompt: str, max_tokens: int, lock: threading.Lock) -> str:
     """One of several that run at once: prints labelled lines as they fill up, gives the figures."""
-    pending = [f"> {prompt}\n"]
+    pending = ""
 
-    def show(piece: str, least: int = LINE) -> None:
-        pending.append(piece)
-        text = "".join(pending)
-        if len(text) > least or "\n" in text:
-            with lock:
-                for line in filter(str.strip, text.splitlines()):
-                    print(f"  [{at}] {line}", flush=True)
-            pending.clear()
+    def show(piece: str) -> None:
+        nonlocal pending
+        pending += piece
+        if len(pending) > LINE or "\n" in pending:
+            flush()
 
+    def flush() -> None:
+        nonlocal pending
+        with lock:
+            for line in filter(str.strip, pending.splitlines()):
+                print(f"  [{at}] {line}", flush=True)
+        pending = ""
+
+    show(f"> {prompt}\n")
     _, pace = _stream(client, [("user", prompt)], max_tokens, show)
-    show("", 0)
+    flush()
     return pace.summary()
 
 

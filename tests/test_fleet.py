@@ -30,7 +30,7 @@ def gone(pid: int) -> bool:
     """Ended, or a zombie that nobody has collected."""
     try:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 
