@@ -72,6 +72,7 @@ def _stream(client: Client, prompt: Prompt, options: Options) -> str:
             if isinstance(prompt, str):
                 raise
         finally:
-            print()
+            if pieces:
+                print()
     print(f"[{pace.summary()}]", file=sys.stderr)
     return "".join(pieces)

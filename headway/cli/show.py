@@ -13,8 +13,8 @@ from headway.client.pace import milliseconds
 def fleet(arguments: argparse.Namespace) -> int:
     with Client(arguments.address) as client:
         view = client.fleet()
-    model = view.model or "no model yet"
-    print(f"{model}, context {view.context_tokens} tokens, {view.requests_in_flight} requests in flight\n")
+    model = f"{view.model}, context {view.context_tokens} tokens" if view.model else "no worker yet"
+    print(f"{model}, {view.requests_in_flight} requests in flight\n")
     heads = ["worker", "node", "role", "state", "waiting", "running", "tokens to compute", "slots in use", "pid"]
     print(table(heads, map(_worker_row, view.workers)))
     print()
