@@ -42,20 +42,32 @@ def test_generate_reads_standard_input(router: FakeRouter, monkeypatch: pytest.M
     assert router.requests[0].text == b"from a pipe"
 
 
+def script(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
+    """What the user types; then the end of input."""
+    rest = iter(lines)
+
+    def typed(_prompt: str) -> str:
+        for line in rest:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", typed)
+
+
 def test_chat_keeps_the_conversation(router: FakeRouter, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    lines = iter(["hi", "", "why?"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or _end(lines))
+    script(monkeypatch, ["hi", "", "why?"])
     assert main(["chat", "--system", "be brief"]) == 0
     second = [(message.role, message.content) for message in router.requests[1].chat.messages]
     assert second == [("system", "be brief"), ("user", "hi"), ("assistant", "Hello, wörld!"), ("user", "why?")]
     assert capsys.readouterr().out.count("Hello, wörld!") == 2
 
 
-def _end(lines: Iterator[str]) -> str:
-    """An empty line stays one; the end of the script is the end of input."""
-    if lines.__length_hint__() == 0:  # type: ignore[attr-defined]
-        raise EOFError
-    return ""
+def test_chat_survives_a_failed_turn(router: FakeRouter, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    script(monkeypatch, ["hi", "again"])
+    router.fail = grpc.StatusCode.UNAVAILABLE
+    assert main(["chat"]) == 0
+    assert [len(request.chat.messages) for request in router.requests] == [1, 1]
+    assert capsys.readouterr().err.count("the queue is full") == 2
 
 
 def test_fleet(router: FakeRouter, capsys: Capture) -> None:

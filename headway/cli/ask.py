@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from headway.client import Client, Message, Options, Prompt, TextDelta
+from headway.client import Client, HeadwayClientError, Message, Options, Prompt, TextDelta
 from headway.client.pace import Pace
 
 
@@ -17,13 +17,15 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def chat(arguments: argparse.Namespace) -> int:
-    """Turns until the end of input. Ctrl-C stops an answer; what had come of it stays in the conversation."""
+    """Turns until the end of input. Ctrl-C stops an answer; what had come of it stays in the conversation.
+
+    A turn that fails is forgotten, so that it can be asked again.
+    """
     messages: list[Message] = [("system", arguments.system)] if arguments.system else []
     with Client(arguments.address) as client:
         while (line := _ask()) is not None:
             if line:
-                messages.append(("user", line))
-                messages.append(("assistant", _stream(client, messages, options_of(arguments))))
+                messages += _turn(client, [*messages, ("user", line)], options_of(arguments))
     return 0
 
 
@@ -47,6 +49,16 @@ def options_of(arguments: argparse.Namespace) -> Options:
     if arguments.stop:
         options["stop_strings"] = arguments.stop
     return options
+
+
+def _turn(client: Client, messages: list[Message], options: Options) -> list[Message]:
+    """What the conversation grows by: question and answer, or nothing."""
+    try:
+        text = _stream(client, messages, options)
+    except HeadwayClientError as error:
+        print(f"headway: {error}", file=sys.stderr)
+        return []
+    return [messages[-1], ("assistant", text)] if text else []
 
 
 def _ask() -> str | None:
