@@ -22,14 +22,14 @@ class PrefixIndex:
         self._nodes[node] = set()
         self._full.discard(node)
 
-    def stored(self, node: str, keys: Iterable[bytes]) -> bool:
+    def stored(self, node: str, keys: Sequence[bytes]) -> bool:
         """Blocks are resident. False when the node has more blocks than are kept: the rest is not learned."""
         resident = self._nodes.setdefault(node, set())
-        for key in keys:
-            if len(resident) >= self._max_blocks:
-                self._full.add(node)
-                return False
-            resident.add(key)
+        room = self._max_blocks - len(resident)
+        resident.update(keys[:room])
+        if len(keys) > room:
+            self._full.add(node)
+            return False
         return True
 
     def removed(self, node: str, keys: Iterable[bytes]) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from headway.core.predict import Predictor
 
+QUEUE_FULL = "its queue is full"
+
 
 class Role(enum.Enum):
     PREFILL = "prefill"
@@ -92,6 +94,11 @@ class Option:
     refused: str = ""
 
     @property
+    def busy(self) -> bool:
+        """Refused only because a queue is full."""
+        return self.refused.startswith(QUEUE_FULL)
+
+    @property
     def cost_s(self) -> float:
         """Predicted seconds to the first token."""
         return self.wait_s + self.compute_s
@@ -105,7 +112,7 @@ def place(ask: Ask, workers: Sequence[WorkerLoad]) -> list[Option]:
     _check_hints(ask, workers)
     prefills = [worker for worker in workers if worker.role is Role.PREFILL]
     decodes = [worker for worker in workers if worker.role is not Role.PREFILL]
-    alone = not any(_refused(ask, worker) == "" for worker in prefills)
+    alone = not any(_away(ask, worker) == "" for worker in prefills)
     scored: list[tuple[_Key, Option]] = []
     for prefill in prefills:
         if ask.prefill_worker in ("", prefill.worker_id):
@@ -167,16 +174,23 @@ def _by_itself(ask: Ask, decode: WorkerLoad, *, alone: bool) -> tuple[_Key, Opti
     return _key(ask, decode, option), option
 
 
-def _refused(ask: Ask, worker: WorkerLoad) -> str:
-    """Why this worker cannot take the request now; empty when it can."""
+def _away(ask: Ask, worker: WorkerLoad) -> str:
+    """Why this worker is not there for the request at all; empty when it is."""
     if not worker.ready:
         return "not ready"
     if worker.draining:
         return "draining"
     if worker.worker_id in ask.excluded:
         return "failed this request before"
+    return ""
+
+
+def _refused(ask: Ask, worker: WorkerLoad) -> str:
+    """Why this worker cannot take the request now; empty when it can."""
+    if away := _away(ask, worker):
+        return away
     if worker.queued_sequences >= ask.max_queued:
-        return f"its queue is full ({worker.queued_sequences} waiting)"
+        return f"{QUEUE_FULL} ({worker.queued_sequences} waiting)"
     if worker.total_slots < ask.least_slots:
         return f"needs {ask.least_slots} slots, its node has {worker.total_slots}"
     return ""

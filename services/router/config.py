@@ -1,0 +1,39 @@
+"""Settings of the router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headway.runtime.config import ConfigError, option
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Router of Headway: what clients call, and where workers announce themselves."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(50051, "port to listen on; 0 lets the kernel choose")
+    port_file: str = option("", "file that gets the port once the router listens")
+    model_name: str = option("", "accept only workers of this model; empty: of whichever announces first")
+    max_in_flight: int = option(1024, "requests in flight; more are refused")
+    max_queued: int = option(512, "prompts waiting at one worker; a worker with more gets none")
+    max_buffered: int = option(4096, "messages kept for a client that does not read; more end its request")
+    max_request_s: float = option(600.0, "seconds that a request may take, whatever deadline it asks for")
+    status_timeout_s: float = option(2.0, "seconds without a status after which a worker counts as gone")
+    no_worker_timeout_s: float = option(1.5, "seconds that a request waits for a worker that can serve it")
+    store_linger_s: float = option(60.0, "seconds for which a node without workers is remembered")
+    local_prefill_tokens: int = option(64, "tokens that a decode worker may compute by itself")
+    max_index_blocks: int = option(1_000_000, "blocks remembered of one node (about 100 bytes each)")
+    drain_s: float = option(30.0, "how long running requests may go on after SIGTERM")
+    log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        for name in ("max_in_flight", "max_queued", "max_buffered", "max_index_blocks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_request_s", "status_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be above 0")
+        for name in ("no_worker_timeout_s", "store_linger_s", "local_prefill_tokens", "drain_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 0")

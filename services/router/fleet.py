@@ -1,0 +1,216 @@
+"""The workers and stores as this router knows them: who announced itself, who is alive, how loaded it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from headway.core.index import PrefixIndex
+from headway.core.place import Role, WorkerLoad
+from headway.core.predict import Predictor, coefficients
+from headway.runtime.convert import card_from_proto
+from headway.runtime.errors import HeadwayError
+from headway.v1 import common_pb2, router_pb2
+from services.router.config import RouterConfig
+from services.router.dispatch import DECODE, PREFILL, Link
+from services.router.inbox import GONE, Inbox
+from services.router.model import ServedModel
+from services.router.stores import StoreWatch
+
+if TYPE_CHECKING:
+    from services.router.choice import Choice
+
+log = logging.getLogger(__name__)
+
+ROLES = {
+    common_pb2.WORKER_ROLE_PREFILL: Role.PREFILL,
+    common_pb2.WORKER_ROLE_DECODE: Role.DECODE,
+    common_pb2.WORKER_ROLE_MIXED: Role.MIXED,
+}
+
+
+class Worker:
+    """One announced incarnation of a worker; a worker that comes back is a new one."""
+
+    def __init__(self, hello: router_pb2.WorkerHello, lease: asyncio.Timeout) -> None:
+        self.hello = hello
+        self.worker_id = hello.worker_id
+        self.status = router_pb2.WorkerStatus()
+        self.status_at = time.monotonic()
+        self.load = WorkerLoad(
+            hello.worker_id, hello.kvstore_address, ROLES[hello.role], max_batch=max(1, hello.max_batch)
+        )
+        self._lease = lease
+        plane = PREFILL if hello.role == common_pb2.WORKER_ROLE_PREFILL else DECODE
+        self.link = Link(hello.address, plane, self._event, self._broken)
+
+    def take_status(self, status: router_pb2.WorkerStatus) -> None:
+        """What the worker says of itself replaces what this router reckoned since."""
+        self.status, self.status_at = status, time.monotonic()
+        load = self.load
+        load.ready = status.ready and not self.link.broken
+        load.queued_sequences = status.waiting_sequences
+        load.queued_tokens = status.waiting_tokens
+        load.running = status.running_sequences
+        load.kv_tokens = status.kv_tokens
+        load.free_slots = status.free_slots
+        load.total_slots = status.total_slots
+        load.predictor = Predictor(
+            coefficients(status.prefill_coefficients[:]), coefficients(status.step_coefficients[:])
+        )
+
+    def _event(self, choice: Choice, event: Any) -> None:
+        choice.inbox.put(choice, self, event)
+
+    def _broken(self) -> None:
+        """Tell all whom it served; end its announcement, so that it announces itself anew."""
+        for choice in self.link.routes.values():
+            choice.inbox.put(choice, self, GONE)
+        self.link.routes.clear()
+        self.load.ready = False
+        with contextlib.suppress(RuntimeError):  # the announcement is over already
+            self._lease.reschedule(asyncio.get_running_loop().time())
+
+
+class Fleet:
+    """Workers by id, kvstores by address, and who waits for a worker."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self.workers: dict[str, Worker] = {}
+        self.stores: dict[str, StoreWatch] = {}
+        self.index = PrefixIndex(config.max_index_blocks)
+        self.model: ServedModel | None = None
+        # Requests that wait for a worker that can serve them.
+        self.waiting: set[Inbox] = set()
+
+    @property
+    def loads(self) -> list[WorkerLoad]:
+        return [worker.load for worker in self.workers.values()]
+
+    def overlap_tokens(self, keys: list[bytes], block_size: int) -> dict[str, int]:
+        """For every node, how many leading tokens of the chain of keys it is believed to hold."""
+        return {node: blocks * block_size for node, blocks in self.index.overlap(keys).items()}
+
+    async def follow(self, context: Any, router_id: str) -> None:
+        """Serve one announcement until it ends, breaks, or no status came for too long. Raises HeadwayError."""
+        timeout_s = self._config.status_timeout_s
+        worker: Worker | None = None
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(timeout_s) as lease:
+                while (request := await context.read()) is not grpc.aio.EOF:
+                    kind = request.WhichOneof("event")
+                    if worker is None and kind == "hello":
+                        worker = self._welcome(request.hello, lease)
+                        await context.write(router_pb2.AnnounceResponse(router_id=router_id))
+                    elif worker is None:
+                        raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, "announce the card (hello) first")
+                    elif kind == "status":
+                        worker.take_status(request.status)
+                        self._wake_waiting()
+                    elif kind == "draining":
+                        worker.load.draining = True
+                    lease.reschedule(loop.time() + timeout_s)
+        except TimeoutError:
+            message = f"no status for {timeout_s:g} s, or the Run stream broke; announce again"
+            raise HeadwayError(grpc.StatusCode.UNAVAILABLE, message) from None
+        finally:
+            if worker is not None:
+                self._farewell(worker)
+
+    def _welcome(self, hello: router_pb2.WorkerHello, lease: asyncio.Timeout) -> Worker:
+        if not hello.worker_id or not hello.address or hello.role not in ROLES:
+            raise HeadwayError(grpc.StatusCode.INVALID_ARGUMENT, "a worker needs an id, an address and a role")
+        self._adopt(hello)
+        former = self.workers.pop(hello.worker_id, None)
+        if former is not None:
+            former.link.close()
+        worker = self.workers[hello.worker_id] = Worker(hello, lease)
+        address = hello.kvstore_address
+        if address not in self.stores:
+            self.stores[address] = StoreWatch(address, hello.node_id, self.index)
+        self.stores[address].users += 1
+        log.info("worker=%s role=%s event=announced", hello.worker_id, worker.load.role.value)
+        return worker
+
+    def _adopt(self, hello: router_pb2.WorkerHello) -> None:
+        """The first worker says what is served; others must serve the same. Raises HeadwayError."""
+        card = card_from_proto(hello.model)
+        wanted = self._config.model_name
+        refused = ""
+        if wanted and card.name != wanted:
+            refused = f"this router serves {wanted!r}, the worker has {card.name!r}"
+        elif self.model is not None and not self.model.same(card):
+            if self.workers.keys() - {hello.worker_id}:
+                refused = (
+                    f"the fleet serves {self.model.name!r}; this worker's model {card.name!r} differs from it in "
+                    "name, weights or KV format; start it with the same model and settings, or behind another router"
+                )
+            else:
+                self.model.close()
+                self.model = None
+        if refused:
+            raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, refused)
+        if self.model is None:
+            self.model = ServedModel(card)
+            self._wake_waiting()
+
+    def _farewell(self, worker: Worker) -> None:
+        """Its sequences fail over at once; its node is remembered for a while."""
+        log.info("worker=%s event=gone", worker.worker_id)
+        if self.workers.get(worker.worker_id) is worker:
+            del self.workers[worker.worker_id]
+        worker.link.close()
+        store = self.stores[worker.hello.kvstore_address]
+        store.users -= 1
+        if not store.users:
+            asyncio.get_running_loop().call_later(self._config.store_linger_s, self._drop_unused, store)
+
+    def _drop_unused(self, store: StoreWatch) -> None:
+        if not store.users and self.stores.get(store.address) is store:
+            del self.stores[store.address]
+            store.close()
+
+    def _wake_waiting(self) -> None:
+        for inbox in self.waiting:
+            inbox.poke()
+
+    def close(self) -> None:
+        """End all streams to workers and stores."""
+        for worker in list(self.workers.values()):
+            worker.link.close()
+        for store in self.stores.values():
+            store.close()
+        if self.model is not None:
+            self.model.close()
+
+    def views(self) -> Iterable[router_pb2.WorkerView]:
+        now = time.monotonic()
+        for worker in self.workers.values():
+            hello = worker.hello
+            yield router_pb2.WorkerView(
+                worker_id=hello.worker_id,
+                node_id=hello.node_id,
+                role=hello.role,
+                address=hello.address,
+                status=worker.status,
+                age_s=now - worker.status_at,
+                pid=hello.pid,
+            )
+
+    def store_views(self) -> Iterable[router_pb2.StoreView]:
+        for store in self.stores.values():
+            yield router_pb2.StoreView(
+                node_id=store.node_id,
+                address=store.address,
+                indexed_blocks=self.index.blocks(store.address),
+                last_sequence_number=store.last,
+                watching=store.watching,
+            )

@@ -1,0 +1,91 @@
+"""Keep the prefix index of one kvstore current from its block events, through breaks and gaps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc
+
+from headway.core.index import PrefixIndex
+from headway.core.keys import split_keys
+from headway.runtime.channels import open_channel
+from headway.v1 import kvstore_pb2, kvstore_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+RECONNECT_S = 0.2
+
+
+class StoreWatch:
+    """Follows WatchBlocks of the store at `address` until closed; that address is the node's name in the index."""
+
+    def __init__(self, address: str, node_id: str, index: PrefixIndex) -> None:
+        self.address = address
+        self.node_id = node_id
+        self.users = 0
+        self.watching = False
+        self.epoch = 0
+        self.last = 0
+        self._index = index
+        self._in_snapshot = False
+        self._task = asyncio.create_task(self._run())
+
+    def close(self) -> None:
+        self._task.cancel()
+        self._index.forget(self.address)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._follow()
+            except grpc.aio.AioRpcError as error:
+                log.info("store=%s event=watch_ended code=%s", self.address, error.code().name)
+            except ValueError as error:
+                log.warning("store=%s event=watch_refused reason=%s", self.address, error)
+                self._start_over()
+            self.watching = False
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _follow(self) -> None:
+        async with open_channel(self.address) as channel:
+            stub: Any = kvstore_pb2_grpc.KvStoreServiceStub(channel)
+            if self._in_snapshot:
+                self._start_over()
+            request = kvstore_pb2.WatchBlocksRequest(epoch=self.epoch, after_sequence_number=self.last)
+            async for response in stub.WatchBlocks(request):
+                if not self.apply(response):
+                    log.info("store=%s event=gap last=%d got=%d", self.address, self.last, response.sequence_number)
+                    self._start_over()
+                    return
+
+    def apply(self, response: kvstore_pb2.WatchBlocksResponse) -> bool:
+        """Take one event into the index; False when events before it are missing."""
+        kind = response.WhichOneof("event")
+        if kind == "snapshot_begin":
+            self._index.snapshot(self.address)
+            self._in_snapshot = True
+            self.epoch = response.epoch
+        elif response.epoch != self.epoch or (not self._in_snapshot and response.sequence_number != self.last + 1):
+            return False
+        elif kind == "stored":
+            self._store(split_keys(response.stored.block_keys))
+        elif kind == "removed":
+            self._index.removed(self.address, split_keys(response.removed.block_keys))
+        elif kind == "snapshot_end":
+            self._in_snapshot = False
+        self.last = response.sequence_number
+        self.watching = not self._in_snapshot
+        return True
+
+    def _store(self, keys: list[bytes]) -> None:
+        was_full = self._index.full(self.address)
+        if not self._index.stored(self.address, keys) and not was_full:
+            blocks = self._index.blocks(self.address)
+            log.warning("store=%s event=index_full blocks=%d: more are not remembered", self.address, blocks)
+
+    def _start_over(self) -> None:
+        """Ask for a snapshot next; until it comes, what is known stays as a guess."""
+        self.epoch = self.last = 0
+        self._in_snapshot = False
