@@ -1,0 +1,87 @@
+"""Attention over the slab, as transformers calls it: K and V go to their slots, each chunk sees its own sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+from headway.engine.errors import ModelError
+from headway.engine.pages import Plan, Span
+
+NAME = "headway_paged"
+# Keywords that transformers may pass along and that change nothing here: RoPE has been applied, rows are causal.
+_HARMLESS: dict[str, tuple[object, ...]] = {
+    "dropout": (0.0,),
+    "is_causal": (True,),
+    "use_cache": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "output_router_logits": (False,),
+    "return_dict": (True,),
+}
+_IGNORED = frozenset({"position_ids", "cache_position", "position_embeddings"})
+
+
+def paged_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    headway_plan: Plan | None = None,
+    **keywords: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim], RoPE applied → ([1, rows, heads, dim], None).
+
+    Raises ModelError on anything that it does not implement, rather than leave it out.
+    """
+    if headway_plan is None:
+        raise ModelError("this model does not hand its keyword arguments on to its attention")
+    _check(attention_mask, keywords)
+    pages = headway_plan.pages
+    shape = (1, pages.heads, query.shape[2], pages.dim)
+    if key.shape != shape or value.shape != shape:
+        raise ModelError(f"a layer has K and V of shape {tuple(key.shape)} and {tuple(value.shape)}, not {shape}")
+    layer: int = module.layer_idx
+    headway_plan.store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    out = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]))
+    for span in headway_plan.spans:
+        rows = slice(span.start, span.stop)
+        if span.cold:
+            k, v = key[0, :, rows], value[0, :, rows]
+        else:
+            k, v = (part.transpose(0, 1) for part in pages.gather(layer, span.blocks, span.length))
+        out[0, rows] = _attend(query[0, :, rows], k, v, span, scaling).transpose(0, 1)
+    return out, None
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scaling: float | None) -> torch.Tensor:
+    """q [heads, rows, dim], k and v [kv_heads, length, dim] → [heads, rows, dim].
+
+    Query heads that share a KV head lie side by side, so the group is an axis of its own: nothing is repeated.
+    """
+    heads, rows, dim = q.shape
+    grouped = q.reshape(k.shape[0], -1, rows, dim)
+    if rows == 1:
+        grouped = grouped.transpose(1, 2)  # the group takes the place of the rows: all see the whole sequence
+    shape = (k.shape[0], grouped.shape[1], span.length, dim)
+    done = attend(
+        grouped,
+        k.unsqueeze(1).expand(shape),
+        v.unsqueeze(1).expand(shape),
+        attn_mask=span.mask,
+        is_causal=span.cold and rows > 1,
+        scale=scaling,
+    )
+    return done.reshape(heads, rows, dim)
+
+
+def _check(attention_mask: torch.Tensor | None, keywords: dict[str, Any]) -> None:
+    if attention_mask is not None:
+        raise ModelError("this model masks its attention by itself, which paged attention does not implement")
+    for name, given in keywords.items():
+        if given is not None and name not in _IGNORED and given not in _HARMLESS.get(name, ()):
+            raise ModelError(f"this model asks its attention for {name}, which paged attention does not implement")

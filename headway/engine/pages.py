@@ -1,0 +1,183 @@
+"""The slab as the engine sees it, and the plan of one forward: which rows of the pack go where, and what they see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headway.core.model import KvFormat
+from headway.engine.contract import Chunk
+
+# Token-major inside a block: a gathered sequence is [token, head, dim] as it stands, so that attention reads it
+# without a transposition (a third faster than head-major at every batch size).
+ORDER = "layer,kv,token,head,dim"
+
+
+class Pages:
+    """K and V in a slab of one full-attention group.
+
+    layers[i] is (K, V) of layer i, each a view [slots, block_size, kv_heads, head_dim] in the format's dtype.
+    """
+
+    def __init__(self, slab: npt.NDArray[np.uint8], kv_format: KvFormat) -> None:
+        """`slab` is uint8 [slots, slot_stride], writable. Raises ValueError where it cannot be of this format."""
+        group = kv_format.groups[0]
+        dtype: torch.dtype = getattr(torch, kv_format.dtype)
+        if slab.dtype != np.uint8 or slab.ndim != 2 or not slab.flags.writeable:
+            raise ValueError("a slab is a writable uint8 array [slots, slot_stride]")
+        if slab.shape[1] < kv_format.slot_bytes or slab.shape[1] % dtype.itemsize:
+            raise ValueError(f"the slab has {slab.shape[1]} bytes a slot, the KV format needs {kv_format.slot_bytes}")
+        self.slots: int = slab.shape[0]
+        self.block_size = kv_format.block_size
+        self.heads = group.kv_heads
+        self.dim = group.head_dim
+        inside = torch.from_numpy(slab)[:, : kv_format.slot_bytes].view(dtype)
+        view = inside.view(self.slots, group.layers, 2, self.block_size, self.heads, self.dim)
+        self.layers = [(view[:, layer, 0], view[:, layer, 1]) for layer in range(group.layers)]
+        self._gathered = (torch.empty(0), torch.empty(0))
+        self._dtype = dtype
+
+    def gather(self, layer: int, blocks: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of tokens [0, tokens), each [tokens, kv_heads, head_dim], valid until the next call.
+
+        blocks: int64 [blocks], the sequence's slots. What lies past `tokens` in the last slot is left out.
+        """
+        count = len(blocks)
+        if count > self._gathered[0].shape[0]:
+            shape = (max(count, 2 * self._gathered[0].shape[0]), self.block_size, self.heads, self.dim)
+            self._gathered = (torch.empty(shape, dtype=self._dtype), torch.empty(shape, dtype=self._dtype))
+        result = []
+        for source, target in zip(self.layers[layer], self._gathered, strict=True):
+            torch.index_select(source, 0, blocks, out=target[:count])
+            result.append(target[:count].view(-1, self.heads, self.dim)[:tokens])
+        return result[0], result[1]
+
+
+class Span(NamedTuple):
+    """Rows [start, stop) of the pack are one chunk, at positions [length − (stop − start), length) of its sequence.
+
+    blocks: int64, slots of tokens [0, length). mask: [stop − start, length], 0 or −inf; None where causal order or
+    a single row needs none.
+    """
+
+    start: int
+    stop: int
+    length: int
+    blocks: torch.Tensor
+    mask: torch.Tensor | None
+
+    @property
+    def cold(self) -> bool:
+        return self.length == self.stop - self.start
+
+
+class Run(NamedTuple):
+    """Rows [start, stop) of the pack fill the whole slots [slot, slot + (stop − start) / block_size)."""
+
+    start: int
+    stop: int
+    slot: int
+
+
+class Piece(NamedTuple):
+    """Rows [start, stop) of the pack go to one slot, from `offset` on."""
+
+    start: int
+    stop: int
+    slot: int
+    offset: int
+
+
+class Plan(NamedTuple):
+    """One forward. steps: (rows, slots, offsets), int64 each, of the chunks of one token."""
+
+    pages: Pages
+    spans: list[Span]
+    runs: list[Run]
+    pieces: list[Piece]
+    steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write K and V of all rows, each [rows, kv_heads, head_dim], into the slab."""
+        rows, slots, offsets = self.steps
+        size = self.pages.block_size
+        for source, target in zip((key, value), self.pages.layers[layer], strict=True):
+            for start, stop, slot in self.runs:
+                blocks = (stop - start) // size
+                target[slot : slot + blocks].copy_(source[start:stop].unflatten(0, (blocks, size)))
+            for start, stop, slot, offset in self.pieces:
+                target[slot, offset : offset + stop - start].copy_(source[start:stop])
+            if len(rows):
+                target[slots, offsets] = source[rows]
+
+
+def plan_forward(pages: Pages, chunks: Sequence[Chunk], dtype: torch.dtype) -> Plan:
+    """Where each row's K and V go and what it may see; made once a forward, used by every layer.
+
+    Raises ValueError where a chunk is empty or its block table too short or outside the slab.
+    """
+    spans: list[Span] = []
+    runs: list[Run] = []
+    pieces: list[Piece] = []
+    steps: list[tuple[int, int, int]] = []
+    row = 0
+    for chunk in chunks:
+        count, position = len(chunk.tokens), chunk.position
+        blocks = _blocks(pages, chunk)
+        if count == 1:
+            steps.append((row, int(blocks[-1]), position % pages.block_size))
+        else:
+            _split(pages.block_size, row, position, count, blocks, runs, pieces)
+        mask = _mask(count, position, dtype) if count > 1 and position > 0 else None
+        spans.append(Span(row, row + count, position + count, torch.from_numpy(blocks), mask))
+        row += count
+    columns = torch.tensor(steps, dtype=torch.int64).view(-1, 3)
+    return Plan(pages, spans, runs, pieces, (columns[:, 0], columns[:, 1], columns[:, 2]))
+
+
+def _blocks(pages: Pages, chunk: Chunk) -> npt.NDArray[np.int64]:
+    end = chunk.position + len(chunk.tokens)
+    needed = -(-end // pages.block_size)
+    if not chunk.tokens or chunk.position < 0:
+        raise ValueError("a chunk needs tokens and a position that is not negative")
+    if len(chunk.slots) < needed:
+        raise ValueError(f"a block table of {len(chunk.slots)} slots cannot hold {end} tokens")
+    blocks = np.asarray(chunk.slots[:needed], np.int64)
+    if blocks.min() < 0 or blocks.max() >= pages.slots:
+        raise ValueError(f"a block table names a slot outside the slab of {pages.slots}")
+    return blocks
+
+
+def _mask(count: int, position: int, dtype: torch.dtype) -> torch.Tensor:
+    """Row r sees tokens [0, position + r]."""
+    mask = torch.full((count, position + count), -torch.inf, dtype=dtype)
+    return torch.triu(mask, diagonal=position + 1)
+
+
+def _split(
+    size: int,
+    row: int,
+    position: int,
+    count: int,
+    blocks: npt.NDArray[np.int64],
+    runs: list[Run],
+    pieces: list[Piece],
+) -> None:
+    """Cut a chunk at block borders; whole blocks in consecutive slots become one run."""
+    end = row + count
+    first = row - position  # the row at which the sequence's token 0 would lie
+    while row < end:
+        block, offset = divmod(row - first, size)
+        slot = int(blocks[block])
+        stop = min(end, row + size - offset)
+        if stop - row < size:
+            pieces.append(Piece(row, stop, slot, offset))
+        elif runs and runs[-1].stop == row and runs[-1].slot + (row - runs[-1].start) // size == slot:
+            runs[-1] = Run(runs[-1].start, stop, runs[-1].slot)
+        else:
+            runs.append(Run(row, stop, slot))
+        row = stop
