@@ -26,7 +26,6 @@ class Answer:
         self.reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_UNSPECIFIED
         self.finished = router_pb2.Finished()
         self.finished.usage.prompt_tokens = len(job.token_ids)
-        self.finished.timings.route_s = job.route_s
 
     @property
     def over(self) -> bool:
@@ -77,6 +76,7 @@ class Answer:
         finished = self.finished
         finished.reason = self.reason
         finished.usage.output_tokens = len(self.sent)
+        finished.timings.route_s = self._job.route_s
         finished.timings.total_s = time.monotonic() - self._job.received
         return finished
 

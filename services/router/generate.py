@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 
@@ -33,7 +34,7 @@ async def generate(
     try:
         async with asyncio.timeout(seconds) as limit:
             # Also a request that waits for its client to read can be ended.
-            inbox.on_error = lambda: limit.reschedule(0.0)
+            inbox.on_error = lambda: _end_now(limit)
             # 1. Tokenize, compute block keys, look the prefix up, and pick the workers.
             model = await served_model(fleet, config, inbox)
             job = await prepare(request, model, received, received + seconds)
@@ -67,6 +68,11 @@ async def generate(
         # 7. The end, whatever it was: leases are released, nothing is left behind.
         for choice in choices:
             choice.close()
+
+
+def _end_now(limit: asyncio.Timeout) -> None:
+    with contextlib.suppress(RuntimeError):  # it is ending already
+        limit.reschedule(0.0)
 
 
 async def served_model(fleet: Fleet, config: RouterConfig, inbox: Inbox) -> ServedModel:
