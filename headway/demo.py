@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from headway import models
 from headway.client import Client, HeadwayClientError, Message, TextDelta
 from headway.client.pace import Pace
 from headway.fleet import Fleet, FleetError, FleetSpec
@@ -35,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        if arguments.engine != "sim":
+            models.resolve(arguments.model)
         run(FleetSpec(model=arguments.model, engine=arguments.engine), arguments.max_tokens)
-    except (FleetError, HeadwayClientError) as error:
+    except (FleetError, HeadwayClientError, LookupError) as error:
         print(f"headway demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

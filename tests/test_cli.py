@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -96,6 +97,19 @@ def test_errors_are_one_line(router: FakeRouter, capsys: Capture) -> None:
     assert main(["fleet", "--address", "127.0.0.1:1"]) == 1
     assert "no router answers at 127.0.0.1:1; is it running there?" in capsys.readouterr().err
     assert main(["up", "--prefill", "-1"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("HEADWAY_HOME", str(tmp_path))
+    assert main(["model", "list"]) == 0
+    assert capsys.readouterr().out == "smollm2\tnot here yet: headway model add smollm2\n"
+    for command in (["up"], ["up", "--model", "nothing"], ["model", "add", "nothing"]):
+        assert main(command) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert main(["model", "add", str(tmp_path / "broken")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 

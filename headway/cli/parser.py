@@ -67,6 +67,7 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = actions.add_parser("add", help="fetch, convert and keep a model")
     add.set_defaults(run=model.add)
     add.add_argument("name_or_path", help="smollm2, or a folder in Hugging Face format")
+    add.add_argument("--name", metavar="NAME", help="under which it will be known (default: its own)")
     listing = actions.add_parser("list", help="the models that --model knows by name")
     listing.set_defaults(run=model.list_models)
 

@@ -8,12 +8,15 @@ import sys
 import tempfile
 from types import FrameType
 
+from headway import models
 from headway.fleet import Fleet, FleetSpec
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Keeps a supervised fleet running until SIGINT or SIGTERM."""
     spec = spec_of(arguments)
+    if spec.engine != "sim":
+        models.resolve(spec.model)
     signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory(prefix="headway-") as temporary:
         fleet = Fleet(spec, arguments.run_dir or temporary)
