@@ -34,7 +34,7 @@ def paged_attention(
     headway_plan: Plan | None = None,
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim], RoPE applied → ([1, rows, heads, dim], None).
+    """RoPE applied: query [1, heads, rows, dim], key, value [1, kv_heads, rows, dim] → ([1, rows, heads, dim], None).
 
     Raises ModelError on anything that it does not implement, rather than leave it out.
     """

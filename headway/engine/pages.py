@@ -108,7 +108,7 @@ class Plan(NamedTuple):
         for source, target in zip((key, value), self.pages.layers[layer], strict=True):
             for start, stop, slot in self.runs:
                 blocks = (stop - start) // size
-                target[slot : slot + blocks].copy_(source[start:stop].unflatten(0, (blocks, size)))
+                target[slot : slot + blocks].copy_(source[start:stop].view(blocks, size, *source.shape[1:]))
             for start, stop, slot, offset in self.pieces:
                 target[slot, offset : offset + stop - start].copy_(source[start:stop])
             if len(rows):

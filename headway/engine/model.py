@@ -1,0 +1,70 @@
+"""The engine that serves transformers models: all chunks of a step in one packed forward over the slab."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headway.core.model import ModelCard
+from headway.engine.contract import Chunk, Drawn
+from headway.engine.errors import ModelError
+from headway.engine.pages import Pages, plan_forward
+from headway.engine.sampling import draw_rows
+
+
+class TransformersEngine:
+    """An Engine (see contract) around a causal language model whose attention is `paged_attention`."""
+
+    def __init__(self, model: Any, card: ModelCard) -> None:
+        self.card = card
+        self._model = model
+        self._dtype: torch.dtype = getattr(torch, card.kv_format.dtype)
+        self._pages: Pages | None = None
+
+    def bind(self, slab: npt.NDArray[np.uint8]) -> None:
+        """Use this slab from now on. Raises ValueError where it cannot hold card.kv_format."""
+        self._pages = Pages(slab, self.card.kv_format)
+
+    def unbind(self) -> None:
+        """Drop every view of the slab, so that it can be unmapped."""
+        self._pages = None
+
+    def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
+        """See the contract. Raises ValueError, before anything is written, where a chunk cannot be computed."""
+        draws = [chunk.draw for chunk in chunks if chunk.draw is not None]
+        logits = self.logits(chunks)
+        drawn = iter(draw_rows(logits, draws))
+        return [None if chunk.draw is None else next(drawn) for chunk in chunks]
+
+    @torch.inference_mode()
+    def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """float32 [draws, vocabulary]: the logits after the last token of each chunk that draws, in order."""
+        if self._pages is None:
+            raise ModelError("the engine has no slab; bind one first")
+        self._check(chunks)
+        plan = plan_forward(self._pages, chunks, self._dtype)
+        ids = np.concatenate([np.asarray(chunk.tokens, np.int64) for chunk in chunks])
+        positions = np.concatenate([np.arange(c.position, c.position + len(c.tokens)) for c in chunks])
+        last = [span.stop - 1 for span, chunk in zip(plan.spans, chunks, strict=True) if chunk.draw is not None]
+        output = self._model(
+            input_ids=torch.from_numpy(ids)[None],
+            position_ids=torch.from_numpy(positions)[None],
+            use_cache=False,
+            logits_to_keep=torch.tensor(last, dtype=torch.int64),
+            headway_plan=plan,
+        )
+        rows: torch.Tensor = output.logits[0].float()
+        return rows
+
+    def _check(self, chunks: Sequence[Chunk]) -> None:
+        if not chunks:
+            raise ValueError("a forward needs at least one chunk")
+        for chunk in chunks:
+            if not chunk.tokens or min(chunk.tokens) < 0 or max(chunk.tokens) >= self.card.vocab_size:
+                raise ValueError(f"token ids must be 0 to {self.card.vocab_size - 1}, at least one a chunk")
+            if chunk.position + len(chunk.tokens) > self.card.context_tokens:
+                raise ValueError(f"a sequence cannot be longer than the context of {self.card.context_tokens} tokens")

@@ -1,0 +1,76 @@
+"""Before a model serves: its logits over the slab must equal those of its own, unmodified attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from headway.core.sampling import Sampling
+from headway.engine.attention import NAME
+from headway.engine.contract import Chunk, Draw
+from headway.engine.errors import ModelError
+from headway.engine.model import TransformersEngine
+from headway.engine.quiet import quiet
+
+# Largest difference of a logit, in standard deviations of all logits.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
+_TOKENS = 40
+
+
+def prove(model: Any, engine: TransformersEngine) -> None:
+    """Compute one sequence cold, chunked, stepped and beside another; leaves the engine unbound. Raises ModelError.
+
+    Catches position encodings and attention that support.py does not know of.
+    """
+    kind = model.config.model_type
+    try:
+        expected = _stock(model, _ids(engine))
+        found = _paged(engine, _ids(engine))
+    except Exception as error:
+        raise ModelError(f"models of type {kind} do not run over paged attention: {error}") from error
+    finally:
+        engine.unbind()
+    spread = float(expected.std()) or 1.0
+    difference = float((found - expected).abs().max()) / spread
+    if not difference <= _TOLERANCE[engine.card.kv_format.dtype]:
+        raise ModelError(
+            f"models of type {kind} are not served: over paged attention this one's logits differ"
+            f" by {difference:.2g} standard deviations"
+        )
+
+
+def _ids(engine: TransformersEngine) -> list[int]:
+    count = min(_TOKENS, engine.card.context_tokens)
+    return [int(i) for i in np.random.default_rng(7).integers(0, engine.card.vocab_size, count)]
+
+
+@torch.inference_mode()
+def _stock(model: Any, ids: list[int]) -> torch.Tensor:
+    """float32 [4, vocabulary]: after the first and second token, in the middle and at the end."""
+    with quiet():
+        model.set_attn_implementation("eager")
+        try:
+            logits: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        finally:
+            model.set_attn_implementation(NAME)
+    return logits[[0, 1, len(ids) // 2 - 1, len(ids) - 1]].float()
+
+
+def _paged(engine: TransformersEngine, ids: list[int]) -> torch.Tensor:
+    """The same four rows over a slab of NaN, in four forwards, two of which hold a second sequence."""
+    kv_format = engine.card.kv_format
+    blocks = -(-len(ids) // kv_format.block_size)
+    engine.bind(np.full((2 * blocks, kv_format.slot_bytes), 0xFF, np.uint8))
+    table = np.arange(2 * blocks, dtype=np.int32)[::-1]
+    ours, theirs = table[:blocks], table[blocks:]
+    draw = Draw(Sampling(), 0)
+    half = len(ids) // 2
+    rows = [
+        engine.logits([Chunk(ids[1:half], 0, theirs, None), Chunk(ids[:1], 0, ours, draw)]),
+        engine.logits([Chunk(ids[1:2], 1, ours, draw), Chunk(ids[:2], half - 1, theirs, None)]),
+        engine.logits([Chunk(ids[2:half], 2, ours, draw)]),
+        engine.logits([Chunk(ids[half:], half, ours, draw)]),
+    ]
+    return torch.cat(rows)

@@ -1,0 +1,157 @@
+"""Drawing tokens. Randomness is a pure function of (seed, choice, output index); no row depends on its neighbours.
+
+Order, as transformers applies its processors: bias, repetition penalty, presence and frequency penalties, temperature,
+top-k, top-p, min-p; then the inverse of the cumulative distribution, over tokens in order of their ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headway.core.sampling import Sampling
+from headway.engine.contract import Draw, Drawn
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+
+def draw_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+    """One token a row of `logits` (float32 [rows, vocabulary], the model's own; left unchanged).
+
+    Raises FloatingPointError where a row holds NaN or +inf, ValueError where a bias names an unknown token.
+    """
+    if not draws:
+        return []
+    peaks, tokens = logits.max(dim=-1)
+    if not bool(torch.isfinite(peaks).all()):
+        raise FloatingPointError("the model's logits are not finite")
+    chosen: list[int] = tokens.tolist()
+    touched = [row for row, draw in enumerate(draws) if _touches(draw.sampling)]
+    if touched:
+        adjusted = adjust(logits[touched], [draws[row] for row in touched])
+        for row, token in zip(touched, adjusted.argmax(dim=-1).tolist(), strict=True):
+            chosen[row] = token
+    places = {row: place for place, row in enumerate(touched)}
+    for row, draw in enumerate(draws):
+        if not draw.sampling.greedy:
+            source = adjusted[places[row]] if row in places else logits[row]
+            chosen[row] = _sample(source, draw)
+    return [_drawn(logits[row], chosen[row], draw) for row, draw in enumerate(draws)]
+
+
+def uniform(seed: int, choice: int, output_index: int) -> float:
+    """A number in [0, 1) from a counter-based generator: three rounds of splitmix64 (Steele, Lea, Flood 2014)."""
+    state = 0
+    for word in (seed, choice, output_index):
+        state = _mix((state ^ (word & _MASK)) + _GOLDEN)
+    return (state >> 11) * 2.0**-53
+
+
+def adjust(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Biased and penalised copy of `logits` [rows, vocabulary], all rows at once; one draw a row."""
+    result = logits.clone()
+    vocabulary = logits.shape[1]
+    rows, ids, values = _biases(draws, vocabulary)
+    result[rows, ids] += values
+    # (row, token) pairs that any penalty touches, how often each token was put out, and the rows' own strengths
+    rows, ids, outputs = _counts(draws, vocabulary)
+    repetition = torch.tensor([draw.sampling.repetition_penalty for draw in draws])[rows]
+    presence = torch.tensor([draw.sampling.presence_penalty for draw in draws])[rows]
+    frequency = torch.tensor([draw.sampling.frequency_penalty for draw in draws])[rows]
+    values = result[rows, ids]
+    values = torch.where(values < 0, values * repetition, values / repetition)
+    result[rows, ids] = values - (presence * (outputs > 0) + frequency * outputs)
+    return result
+
+
+def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[Ids, Floats]:
+    """The tokens that may be drawn, by id, and their unnormalised probabilities; `logits` [vocabulary]."""
+    scaled = (logits / sampling.temperature).double()
+    ids = torch.arange(len(scaled))
+    if 0 < sampling.top_k < len(scaled):
+        ids = torch.nonzero(scaled >= scaled.topk(sampling.top_k).values[-1]).flatten()
+        scaled = scaled[ids]
+    weights = np.exp((scaled - scaled.max()).numpy())
+    keep = weights >= sampling.min_p  # the likeliest weighs 1
+    if sampling.top_p < 1.0:
+        keep &= weights >= _nucleus(weights, sampling.top_p)
+    kept = np.flatnonzero(keep)
+    return ids.numpy()[kept], weights[kept]
+
+
+def _nucleus(weights: Floats, top_p: float) -> float:
+    """The smallest weight among the fewest likeliest tokens whose probabilities reach top_p (Holtzman et al. 2020)."""
+    total = float(weights.sum())
+    count = min(256, len(weights))
+    while True:
+        likeliest = np.sort(np.partition(weights, len(weights) - count)[len(weights) - count :])[::-1]
+        reached = np.cumsum(likeliest) >= top_p * total
+        if reached.any():
+            return float(likeliest[np.argmax(reached)])
+        if count == len(weights):
+            return 0.0
+        count = min(count * 8, len(weights))
+
+
+def _sample(logits: torch.Tensor, draw: Draw) -> int:
+    ids, weights = candidates(logits, draw.sampling)
+    cumulative = np.cumsum(weights)
+    target = uniform(draw.sampling.seed, draw.choice, draw.output_index) * cumulative[-1]
+    place = int(np.searchsorted(cumulative, target, side="right"))
+    return int(ids[min(place, len(ids) - 1)])
+
+
+def _drawn(logits: torch.Tensor, token: int, draw: Draw) -> Drawn:
+    if draw.top_logprobs is None:
+        return Drawn(token)
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    top = logprobs.topk(min(draw.top_logprobs, len(logprobs)))
+    named = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return Drawn(token, float(logprobs[token]), tuple(named))
+
+
+def _touches(sampling: Sampling) -> bool:
+    return bool(sampling.logit_bias) or sampling.uses_context
+
+
+def _biases(draws: Sequence[Draw], vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    entries = [(row, token, bias) for row, draw in enumerate(draws) for token, bias in draw.sampling.logit_bias.items()]
+    for _, token, _ in entries:
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"logit_bias names token {token}; the vocabulary has {vocabulary}")
+    rows = torch.tensor([row for row, _, _ in entries], dtype=torch.int64)
+    ids = torch.tensor([token for _, token, _ in entries], dtype=torch.int64)
+    return rows, ids, torch.tensor([bias for _, _, bias in entries], dtype=torch.float32)
+
+
+def _counts(draws: Sequence[Draw], vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(rows, ids, how often among the outputs) of every token of each context; all int64 but the counts, float32."""
+    rows: list[Ids] = [np.zeros(0, np.int64)]
+    ids: list[Ids] = [np.zeros(0, np.int64)]
+    outputs: list[Ids] = [np.zeros(0, np.int64)]
+    for row, draw in enumerate(draws):
+        if draw.sampling.uses_context:
+            context = np.asarray(draw.context, np.int64)
+            seen = np.unique(context)
+            rows.append(np.full(len(seen), row, np.int64))
+            ids.append(seen)
+            outputs.append(np.bincount(context[draw.prompt_tokens :], minlength=vocabulary)[seen])
+    return (
+        torch.from_numpy(np.concatenate(rows)),
+        torch.from_numpy(np.concatenate(ids)),
+        torch.from_numpy(np.concatenate(outputs)).float(),
+    )
+
+
+def _mix(state: int) -> int:
+    state &= _MASK
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+    return state ^ (state >> 31)
