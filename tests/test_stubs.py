@@ -27,7 +27,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_router_rpc(fleet: Fleet, tmp_path: Path, version: str) -> None:
-    python = generator_python(ROOT / ".venv" / f"stubs-{version}", [f"grpcio-tools=={version}", "setuptools<81"])
+    packages = [f"grpcio-tools=={version}", f"grpcio=={version}", "setuptools<81"]
+    python = generator_python(ROOT / ".venv" / f"stubs-{version}", packages)
     sources = [str(path) for path in sorted((ROOT / "protos").rglob("*.proto"))]
     protoc = [str(python), "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}"]
     subprocess.run([*protoc, f"--python_out={tmp_path}", f"--grpc_python_out={tmp_path}", *sources], check=True)

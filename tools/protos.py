@@ -34,10 +34,11 @@ def generator_python(cache: Path, packages: Sequence[str] = GENERATORS) -> Path:
     """A Python of its own that has these packages, made once under `cache`."""
     python = cache / "bin" / "python"
     marker = cache / "ready"
-    if not marker.exists():
+    wanted = "\n".join(packages)
+    if not marker.exists() or marker.read_text() != wanted:
         venv.create(cache, with_pip=True, clear=True)
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
-        marker.touch()
+        marker.write_text(wanted)
     return python
 
 
