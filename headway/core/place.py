@@ -8,16 +8,29 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from headway.core.predict import Predictor
-
-QUEUE_FULL = "its queue is full"
 
 
 class Role(enum.Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
+
+
+class Why(enum.Enum):
+    """Kinds of refusal: not there, or there but not for this request, now full, or too small for ever."""
+
+    AWAY = "away"
+    UNFIT = "unfit"
+    BUSY = "busy"
+    SMALL = "small"
+
+
+class Refusal(NamedTuple):
+    why: Why
+    sentence: str
 
 
 @dataclass(slots=True)
@@ -84,19 +97,14 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """`prefill_worker` is None where the decode worker prefills by itself; `refused` is empty or the reason."""
+    """`prefill_worker` is None where the decode worker prefills by itself; `refused` is None where it can."""
 
     prefill_worker: str | None
     decode_worker: str
     overlap_tokens: int = 0
     wait_s: float = 0.0
     compute_s: float = 0.0
-    refused: str = ""
-
-    @property
-    def busy(self) -> bool:
-        """Refused only because a queue is full."""
-        return self.refused.startswith(QUEUE_FULL)
+    refused: Refusal | None = None
 
     @property
     def cost_s(self) -> float:
@@ -112,7 +120,7 @@ def place(ask: Ask, workers: Sequence[WorkerLoad]) -> list[Option]:
     _check_hints(ask, workers)
     prefills = [worker for worker in workers if worker.role is Role.PREFILL]
     decodes = [worker for worker in workers if worker.role is not Role.PREFILL]
-    alone = not any(_away(ask, worker) == "" for worker in prefills)
+    alone = all(_away(ask, worker) for worker in prefills)
     scored: list[tuple[_Key, Option]] = []
     for prefill in prefills:
         if ask.prefill_worker in ("", prefill.worker_id):
@@ -151,12 +159,20 @@ def _apart(ask: Ask, prefill: WorkerLoad, decodes: Iterable[WorkerLoad]) -> tupl
     usable = [worker for worker in usable if worker.role is Role.DECODE] or usable
     refused = _refused(ask, prefill)
     if not refused and not usable:
-        reasons = [f"{worker.worker_id}: {_decode_refused(ask, worker)}" for worker in partners]
-        refused = "no decode worker on its node can take it" + (f" ({'; '.join(reasons)})" if reasons else "")
+        refused = _no_partner(ask, partners)
     decode = min(usable, key=_decode_key).worker_id if usable else ask.decode_worker
     compute_s = prefill.predictor.prefill_s(ask.prompt_tokens - overlap, overlap)
     option = Option(prefill.worker_id, decode, overlap, prefill.wait_s, compute_s, refused)
     return _key(ask, prefill, option), option
+
+
+def _no_partner(ask: Ask, partners: Iterable[WorkerLoad]) -> Refusal:
+    reasons = [(worker.worker_id, refusal) for worker in partners if (refusal := _decode_refused(ask, worker))]
+    if not reasons:
+        return Refusal(Why.AWAY, "no decode worker is on its node")
+    kinds = {refusal.why for _, refusal in reasons}
+    sentences = "; ".join(f"{worker_id}: {refusal.sentence}" for worker_id, refusal in reasons)
+    return Refusal(min(kinds, key=list(Why).index), f"no decode worker on its node can take it ({sentences})")
 
 
 def _by_itself(ask: Ask, decode: WorkerLoad, *, alone: bool) -> tuple[_Key, Option]:
@@ -165,40 +181,42 @@ def _by_itself(ask: Ask, decode: WorkerLoad, *, alone: bool) -> tuple[_Key, Opti
     missing = ask.prompt_tokens - overlap
     refused = _refused(ask, decode)
     if not refused and ask.force_apart:
-        refused = "the request forces prefill and decode apart"
+        refused = Refusal(Why.UNFIT, "the request forces prefill and decode apart")
     elif not refused and decode.role is Role.DECODE and not alone and missing > ask.local_prefill_tokens:
-        refused = f"{missing} tokens are left to compute, and it computes at most {ask.local_prefill_tokens} itself"
+        sentence = f"{missing} tokens are left to compute, and it computes at most {ask.local_prefill_tokens} itself"
+        refused = Refusal(Why.UNFIT, sentence)
     step_s = decode.step_s if decode.running > 0 else 0.0
     compute_s = decode.predictor.prefill_s(missing, overlap) + step_s
     option = Option(None, decode.worker_id, overlap, decode.wait_s, compute_s, refused)
     return _key(ask, decode, option), option
 
 
-def _away(ask: Ask, worker: WorkerLoad) -> str:
-    """Why this worker is not there for the request at all; empty when it is."""
+def _away(ask: Ask, worker: WorkerLoad) -> Refusal | None:
+    """Why this worker is not there for the request at all; None when it is."""
     if not worker.ready:
-        return "not ready"
+        return Refusal(Why.AWAY, "not ready")
     if worker.draining:
-        return "draining"
+        return Refusal(Why.AWAY, "draining")
     if worker.worker_id in ask.excluded:
-        return "failed this request before"
-    return ""
+        return Refusal(Why.AWAY, "failed this request before")
+    return None
 
 
-def _refused(ask: Ask, worker: WorkerLoad) -> str:
-    """Why this worker cannot take the request now; empty when it can."""
+def _refused(ask: Ask, worker: WorkerLoad) -> Refusal | None:
+    """Why this worker cannot take the request now; None when it can."""
     if away := _away(ask, worker):
         return away
-    if worker.queued_sequences >= ask.max_queued:
-        return f"{QUEUE_FULL} ({worker.queued_sequences} waiting)"
     if worker.total_slots < ask.least_slots:
-        return f"needs {ask.least_slots} slots, its node has {worker.total_slots}"
-    return ""
+        sentence = f"the prompt needs {ask.least_slots} slots, its node has {worker.total_slots}"
+        return Refusal(Why.SMALL, sentence)
+    if worker.queued_sequences >= ask.max_queued:
+        return Refusal(Why.BUSY, f"its queue is full ({worker.queued_sequences} waiting)")
+    return None
 
 
-def _decode_refused(ask: Ask, worker: WorkerLoad) -> str:
+def _decode_refused(ask: Ask, worker: WorkerLoad) -> Refusal | None:
     if ask.decode_worker not in ("", worker.worker_id):
-        return "the request names another"
+        return Refusal(Why.UNFIT, "the request names another")
     return _refused(ask, worker)
 
 

@@ -22,6 +22,7 @@ from services.router.config import RouterConfig
 from services.router.fleet import Fleet, Worker
 from services.router.inbox import GONE, Inbox
 from services.router.job import Job
+from services.router.refuse import check_hopeless, nobody
 
 MAX_DEATHS = 2
 MAX_RETRIES = 3
@@ -66,17 +67,11 @@ class Choice:
             self._unpark()
             self._dispatch(options[0])
             return
-        if options and any(option.busy for option in options):
-            message = "every worker's queue is full; try again later"
-            raise HeadwayError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=1.0)
+        check_hopeless(options)
         if not self.parked:
             self._park(time.monotonic(), self._config.no_worker_timeout_s)
         elif time.monotonic() >= self._give_up_at:
-            reasons = "; ".join(
-                f"{option.decode_worker or option.prefill_worker}: {option.refused}" for option in options
-            )
-            message = f"no worker can serve this request{f' ({reasons})' if reasons else ''}; try again later"
-            raise HeadwayError(grpc.StatusCode.UNAVAILABLE, message, retry_after_s=1.0)
+            raise nobody(options)
 
     def resume(self) -> None:
         """Try again to place a parked choice."""

@@ -109,6 +109,6 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
                 wait_s=option.wait_s,
                 compute_s=option.compute_s,
                 cost_s=option.cost_s,
-                refused=option.refused,
+                refused=option.refused.sentence if option.refused else "",
             )
         return response

@@ -11,6 +11,7 @@ import grpc
 
 from headway.core.model import KvFormat, LayerGroup, ModelCard
 from headway.runtime.convert import card_to_proto
+from headway.runtime.server import OPTIONS
 from headway.v1 import (
     common_pb2,
     decode_pb2,
@@ -78,7 +79,7 @@ class Fake:
         self._announcing: asyncio.Task[None] | None = None
 
     async def start(self, router: str) -> Fake:
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=OPTIONS)
         if self.role == common_pb2.WORKER_ROLE_PREFILL:
             prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, self._server)  # type: ignore[arg-type]
         else:
@@ -226,7 +227,7 @@ class FakeStore(kvstore_pb2_grpc.KvStoreServiceServicer):
         self.hang_up = asyncio.Event()
 
     async def start(self) -> str:
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=OPTIONS)
         kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server(self, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
@@ -259,7 +260,7 @@ class Rig:
         self.service = RouterService(self.config)
 
     async def __aenter__(self) -> Rig:
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=OPTIONS)
         router_pb2_grpc.add_RouterServiceServicer_to_server(self.service, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()

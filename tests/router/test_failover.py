@@ -102,10 +102,12 @@ async def test_death_of_an_idle_decode_worker_is_no_blame() -> None:
         decodes: list[Fake] = []
 
         def prefill(fake: Fake, sequence: Sequence, index: int) -> bool:
-            if sequence.attempt < 2:
+            def kill() -> None:
                 next(d for d in decodes if (sequence.sequence_id, sequence.attempt) in d.held).die()
-                return True
-            return False
+
+            if sequence.attempt < 2:
+                asyncio.get_running_loop().call_later(0.05, kill)
+            return sequence.attempt < 2
 
         (prefiller,) = await fleet(rig, prefill, "p0")
         decodes += [await rig.add(name) for name in ("d0", "d1", "d2")]
