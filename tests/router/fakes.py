@@ -69,6 +69,8 @@ class Fake:
         self.held: dict[tuple[str, int], common_pb2.Sequence] = {}
         self.cancels: list[tuple[str, int]] = []
         self.starts: list[common_pb2.Sequence] = []
+        # Token ids as they came with each of `starts`.
+        self.given: list[list[int]] = []
         self.messages = 0
         self.status = router_pb2.WorkerStatus(ready=True, free_slots=1000, total_slots=1000)
         self.status_every_s = 0.1
@@ -174,6 +176,7 @@ class Fake:
                     pieces[sequence.sequence_id] = sequence
                     continue
                 self.starts.append(sequence)
+                self.given.append(list(sequence.token_ids))
                 self.held[sequence.sequence_id, sequence.attempt] = sequence
                 if kind == "start":
                     self._go(sequence, events)

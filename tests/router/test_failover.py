@@ -41,9 +41,16 @@ async def fleet(rig: Rig, script: Any, *names: str) -> list[Fake]:
 @pytest.mark.parametrize("index", range(COUNT))
 async def test_death_at_each_position_changes_nothing(index: int) -> None:
     async with Rig() as rig:
-        await fleet(rig, DieAt(index), "p0", "p1", "d0", "d1")
+        fakes = await fleet(rig, DieAt(index), "p0", "p1", "d0", "d1")
         got = await rig.run(rig.request(COUNT))
         assert got.tokens[0] == expected(PROMPT, COUNT)
+        replays = [
+            given
+            for fake in fakes
+            for start, given in zip(fake.starts, fake.given, strict=True)
+            if start.attempt == 1 and start.prompt_tokens == len(PROMPT)
+        ]
+        assert replays == [PROMPT + expected(PROMPT, index)] * 2
         assert got.finished[0].replays == 1
         assert got.finished[0].usage.output_tokens == COUNT
         await rig.quiet()
@@ -234,6 +241,29 @@ async def test_second_first_token_is_dropped() -> None:
         assert got.tokens[0] == expected(PROMPT, COUNT)
         await rig.quiet()
         assert decode.messages == 2
+
+
+async def test_worker_that_died_under_a_request_gets_it_no_more_while_others_live() -> None:
+    async with Rig() as rig:
+
+        def script(fake: Fake, sequence: Sequence, index: int) -> bool:
+            if index == 3 and sequence.attempt == 0:
+                rig.service.fleet.workers[fake.name].link.close()
+                return True
+            if index == 6 and sequence.attempt == 1:
+                asyncio.get_running_loop().call_later(0.3, fail, fake, sequence)
+                return True
+            return False
+
+        def fail(fake: Fake, sequence: Sequence) -> None:
+            assert set(rig.service.fleet.workers) == {"m0", "m1"}
+            fake.put(sequence, failure=common_pb2.Failure(code=10, message="again", retryable=True))
+
+        fakes = await fleet(rig, script, "m0", "m1")
+        got = await rig.run(rig.request(COUNT))
+        assert got.tokens[0] == expected(PROMPT, COUNT)
+        assert got.finished[0].replays == 2
+        assert sorted([start.attempt for start in fake.starts] for fake in fakes) == [[0], [1, 2]]
 
 
 async def test_returning_worker_is_served_again() -> None:

@@ -1,0 +1,113 @@
+"""One attempt at a sequence: the workers that serve it, what they may hold of it, and what it adds to their load."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from headway.v1 import common_pb2, decode_pb2, prefill_pb2
+
+if TYPE_CHECKING:
+    from services.router.choice import Choice
+    from services.router.fleet import Worker
+
+
+class Attempt:
+    """Prefill and decode apart, or (`prefill` None) a decode worker by itself.
+
+    `_held` are the workers that may still hold something of the sequence; `end` cancels it there. Events about it
+    reach `choice` as long as it is held.
+    """
+
+    def __init__(
+        self,
+        choice: Choice,
+        sequence_id: str,
+        number: int,
+        prefill: Worker | None,
+        decode: Worker,
+        missing_tokens: int,
+    ) -> None:
+        self.number = number
+        self.prefill = prefill
+        self.decode = decode
+        # Whether decode is on its own: what prefill does from now on is of no interest.
+        self.begun = prefill is None
+        self._choice = choice
+        self._sequence_id = sequence_id
+        self._held: list[Worker] = []
+        # What the workers' loads were told.
+        self._queued_tokens = missing_tokens
+        self._running = False
+
+    @property
+    def serving(self) -> Worker:
+        """Who is to blame if the sequence kills a worker now."""
+        return self.decode if self.begun or self.prefill is None else self.prefill
+
+    def dispatch(self, pieces: list[common_pb2.Sequence]) -> None:
+        """One command a piece to each worker, at the same time."""
+        if self.prefill is None:
+            for piece in pieces:
+                self.decode.link.send(start=decode_pb2.DecodeStart(sequence=piece))
+        else:
+            joiner = self.decode.worker_id
+            for piece in pieces:
+                self.prefill.link.send(start=prefill_pb2.PrefillStart(sequence=piece, decode_worker=joiner))
+                self.decode.link.send(expect=decode_pb2.DecodeExpect(sequence=piece))
+            self._hold(self.prefill)
+            self._count_running()
+        self._hold(self.decode)
+        self.serving.load.queued_sequences += 1
+        self.serving.load.queued_tokens += self._queued_tokens
+
+    def begin(self, first: prefill_pb2.FirstToken) -> None:
+        """Decode takes over the lease; prefill holds it until decode has joined."""
+        begin = decode_pb2.DecodeBegin(
+            sequence_id=self._sequence_id,
+            attempt=self.number,
+            lease_id=first.lease_id,
+            epoch=first.epoch,
+            first_token=first.token,
+        )
+        self.decode.link.send(begin=begin)
+
+    def decoding(self) -> None:
+        """The decode worker sent tokens: the lease is its own, the prompt is computed."""
+        if self.prefill is not None:
+            self.release(self.prefill)
+        elif self._queued_tokens:
+            self.computed()
+            self._count_running()
+
+    def computed(self) -> None:
+        """The prompt does not wait any more."""
+        if self._queued_tokens:
+            load = (self.prefill or self.decode).load
+            load.queued_sequences = max(0, load.queued_sequences - 1)
+            load.queued_tokens = max(0, load.queued_tokens - self._queued_tokens)
+            self._queued_tokens = 0
+
+    def release(self, worker: Worker) -> None:
+        """The worker has nothing of the sequence any more."""
+        if worker in self._held:
+            self._held.remove(worker)
+            worker.link.routes.pop(self._sequence_id, None)
+
+    def end(self) -> None:
+        """Nothing is left behind: whoever may hold something is told to stop."""
+        self.computed()
+        if self._running:
+            self._running = False
+            self.decode.load.running = max(0, self.decode.load.running - 1)
+        for worker in list(self._held):
+            worker.link.cancel(self._sequence_id, self.number)
+            self.release(worker)
+
+    def _hold(self, worker: Worker) -> None:
+        worker.link.routes[self._sequence_id] = self._choice
+        worker.load.sent += 1
+        self._held.append(worker)
+
+    def _count_running(self) -> None:
+        self._running = True
+        self.decode.load.running += 1
