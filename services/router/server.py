@@ -26,7 +26,8 @@ async def serve(config: RouterConfig) -> None:
     service = RouterService(config)
     server = GrpcServer([SERVICE])
     router_pb2_grpc.add_RouterServiceServicer_to_server(service, server.server)
-    port = await server.start(config.host, config.port)
+    port = server.listen(config.host, config.port)
+    await server.start()
     await server.set_serving(True)
     if config.port_file:
         Path(config.port_file).write_text(f"{port}\n")

@@ -28,7 +28,7 @@ def check_request(request: router_pb2.GenerateRequest, card: ModelCard) -> Sampl
     if request.model not in ("", card.name):
         message = f"model {request.model!r} is not served here; this fleet serves {card.name!r}"
         raise HeadwayError(grpc.StatusCode.NOT_FOUND, message)
-    _check_prompt(request)
+    _check_prompt(request, card)
     _at_most("n", request.n if request.HasField("n") else 1, MAX_CHOICES, least=1)
     if request.HasField("max_tokens") and request.max_tokens == 0:
         raise invalid("max_tokens is 0; ask for at least 1 token, or leave it out")
@@ -48,16 +48,22 @@ def check_tokens(token_ids: list[int], card: ModelCard) -> None:
     """The tokenized prompt: at least one token, room for one more, all of the vocabulary. Raises HeadwayError."""
     if not token_ids:
         raise invalid("the prompt is empty; give at least one token")
-    if len(token_ids) >= card.context_tokens:
-        limit = card.context_tokens - 1
-        raise invalid(f"the prompt has {len(token_ids)} tokens; {card.name!r} takes at most {limit}; shorten it")
+    _check_length(len(token_ids), card)
     _in_vocabulary("the prompt", max(token_ids), card)
 
 
-def _check_prompt(request: router_pb2.GenerateRequest) -> None:
+def _check_length(tokens: int, card: ModelCard) -> None:
+    if tokens >= card.context_tokens:
+        limit = card.context_tokens - 1
+        raise invalid(f"the prompt has {tokens} tokens; {card.name!r} takes at most {limit}; shorten it")
+
+
+def _check_prompt(request: router_pb2.GenerateRequest, card: ModelCard) -> None:
     kind = request.WhichOneof("prompt")
     if kind is None or (kind == "text" and not request.text) or (kind == "tokens" and not request.tokens.token_ids):
         raise invalid("the prompt is empty; give text, chat messages or token ids")
+    if kind == "tokens":
+        _check_length(len(request.tokens.token_ids), card)
     if kind != "chat":
         return
     if not request.chat.messages:
