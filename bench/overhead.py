@@ -149,7 +149,7 @@ def main() -> None:
             out = uvloop.run(measure(fleet, quick=arguments.quick))
         except grpc.aio.AioRpcError as error:
             raise SystemExit(f"a request failed: {error.details()}") from None
-        out["leases_left"] = uvloop.run(leases_left(fleet.address_of("kvstore-0")))
+        out["leases_left"] = uvloop.run(leases_left(fleet.address_of("kvstore")))
     rows = {(row["prompt_tokens"], row["output_tokens"]): row for row in out["rows"]}
     short = rows[1024, 2]
     out["marks"] = {

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -14,15 +15,19 @@ from headway.engine.contract import Draw
 from headway.engine.simulated import expected_tokens
 from headway.fleet import FleetSpec
 from headway.runtime.channels import open_channel
-from headway.v1 import kvstore_pb2, kvstore_pb2_grpc, router_pb2, router_pb2_grpc
+from headway.v1 import kvstore_pb2, kvstore_pb2_grpc, router_pb2
 
-Stub = router_pb2_grpc.RouterServiceAsyncStub
+if TYPE_CHECKING:
+    from headway.v1 import router_pb2_grpc
+
+    Stub = router_pb2_grpc.RouterServiceAsyncStub
+else:
+    Stub = object
 
 
 def sim_spec(prefill: int, decode: int, slab_bytes: int, *worker_flags: str) -> FleetSpec:
     """A fleet of simulated engines; `worker_flags` go to every worker."""
-    flags = {"prefill": worker_flags, "decode": worker_flags}
-    return FleetSpec(prefill, decode, model="sim", engine="sim", slab_bytes=slab_bytes, flags=flags)
+    return FleetSpec(prefill, decode, model="sim", engine="sim", slab_bytes=slab_bytes, worker_flags=worker_flags)
 
 
 @dataclass

@@ -35,7 +35,7 @@ OPTIONS: list[tuple[str, int]] = [
 class GrpcServer:
     """A grpc.aio server on one address with standard health and reflection.
 
-    Health says SERVING only between `ready()` and the drain.
+    Order: listen, add servicers, start, set_serving.
     """
 
     def __init__(self, services: Sequence[str]) -> None:
@@ -46,9 +46,8 @@ class GrpcServer:
         names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; the port in use (chosen by the kernel when `port` is 0). Raises HeadwayError when it is taken."""
-        await self.set_serving(False)
+    def listen(self, host: str, port: int) -> int:
+        """Take the port (the kernel chooses when `port` is 0) and return it. Raises HeadwayError if it is in use."""
         try:
             bound = self.server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
@@ -56,8 +55,12 @@ class GrpcServer:
         if not bound:
             message = f"cannot listen on {host}:{port}: the port is in use or not allowed; choose another with --port"
             raise HeadwayError(grpc.StatusCode.UNAVAILABLE, message)
-        await self.server.start()
         return bound
+
+    async def start(self) -> None:
+        """Answer RPCs; health says NOT_SERVING until `set_serving`."""
+        await self.set_serving(False)
+        await self.server.start()
 
     async def set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse

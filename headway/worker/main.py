@@ -51,6 +51,8 @@ async def run_worker(
     """Serve until SIGTERM, then drain: no new work, running sequences go on for at most config.drain_s."""
     setup_logs(program, config.log_level)
     stopped = stop_event()
+    server = GrpcServer([service])
+    port = server.listen(config.host, config.port)
     engine = await asyncio.to_thread(make_engine, config)
     loop = EngineLoop(
         engine,
@@ -59,9 +61,8 @@ async def run_worker(
         acquire_timeout_s=config.acquire_timeout_s,
         on_load=lambda: announcer.load_changed(),
     )
-    server = GrpcServer([service])
     add(server.server, loop, engine.card)
-    port = await server.start(config.host, config.port)
+    await server.start()
     hello = router_pb2.WorkerHello(
         worker_id=config.name,
         role=role,

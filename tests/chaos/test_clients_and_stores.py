@@ -42,7 +42,7 @@ async def test_a_client_that_leaves_takes_nothing_with_it(fleet: Fleet, stub: St
     call.cancel()
     for seed, other in enumerate(await asyncio.gather(*others)):
         assert other.tokens == expected([seed] * 50, 40)
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))
 
 
 @pytest.mark.parametrize("deadline_s", [0.01, 0.1, 0.3])
@@ -51,38 +51,38 @@ async def test_a_deadline_ends_the_request_and_frees_it(fleet: Fleet, stub: Stub
     assert out.code == grpc.StatusCode.DEADLINE_EXCEEDED
     assert out.seconds < deadline_s + 1
     assert out.tokens == expected([3] * 100, 500)[: len(out.tokens)]
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))
 
 
 async def test_the_grpc_deadline_counts_too(fleet: Fleet, stub: Stub) -> None:
     out = await generate(stub, request([4] * 100, 500), timeout=0.2)
     assert out.code == grpc.StatusCode.DEADLINE_EXCEEDED
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))
 
 
 async def test_the_fleet_serves_again_after_its_kvstore_was_killed(fleet: Fleet, stub: Stub) -> None:
     async def kill(tokens: int) -> None:
         if tokens == 5:
-            fleet.kill("kvstore-0")
+            fleet.kill("kvstore")
 
     out = await generate(stub, request([5] * 100, 100), kill)
     assert out.code == grpc.StatusCode.UNAVAILABLE
     assert out.longest_gap_s < 2.5
     assert out.tokens == expected([5] * 100, 100)[: len(out.tokens)]
-    await asyncio.to_thread(fleet.restart, "kvstore-0")
+    await asyncio.to_thread(fleet.restart, "kvstore")
     await asyncio.to_thread(fleet.wait_ready, 30)
     again = await generate(stub, request([5] * 100, 100))
     assert (again.code, again.tokens) == (grpc.StatusCode.OK, expected([5] * 100, 100))
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))
 
 
 async def test_a_kvstore_that_comes_back_in_time_costs_only_a_replay(fleet: Fleet, stub: Stub) -> None:
     async def restart(tokens: int) -> None:
         if tokens == 5:
-            fleet.kill("kvstore-0")
-            await asyncio.to_thread(fleet.restart, "kvstore-0")
+            fleet.kill("kvstore")
+            await asyncio.to_thread(fleet.restart, "kvstore")
 
     out = await generate(stub, request([6] * 100, 100), restart)
     assert (out.code, out.tokens) == (grpc.StatusCode.OK, expected([6] * 100, 100))
     assert out.finished.replays > 0
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))

@@ -48,7 +48,7 @@ async def test_kill_at_every_token_position(fleet: Fleet, stub: Stub, victim: st
     assert out.tokens == expected(prompt)
     assert out.indexes == list(range(24))
     assert await asyncio.to_thread(fleet.restart, victim) is None
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))
 
 
 async def test_nobody_left_to_decode_is_unavailable_within_two_seconds(fleet: Fleet, stub: Stub) -> None:
@@ -65,14 +65,14 @@ async def test_nobody_left_to_decode_is_unavailable_within_two_seconds(fleet: Fl
     assert out.tokens == expected(PROMPT)[: len(out.tokens)]
     for name in ("decode-0", "decode-1"):
         await asyncio.to_thread(fleet.restart, name)
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))
 
 
 async def test_a_stopped_worker_that_wakes_up_harms_nobody(fleet: Fleet, stub: Stub) -> None:
     await asyncio.to_thread(fleet.wait_ready, 30)
     await generate(stub, request([9, *PROMPT]))
     before = {
-        c.block_key: c.checksum for c in (await stats(fleet.address_of("kvstore-0"), checksum_blocks=True)).checksums
+        c.block_key: c.checksum for c in (await stats(fleet.address_of("kvstore"), checksum_blocks=True)).checksums
     }
 
     async def stop(tokens: int) -> None:
@@ -90,8 +90,8 @@ async def test_a_stopped_worker_that_wakes_up_harms_nobody(fleet: Fleet, stub: S
             assert (other.code, other.tokens) == (grpc.StatusCode.OK, expected(prompt, 40))
     finally:
         fleet.cont("decode-0")
-    figures = await settled(fleet.address_of("kvstore-0"), 20)
-    after = await stats(fleet.address_of("kvstore-0"), checksum_blocks=True)
+    figures = await settled(fleet.address_of("kvstore"), 20)
+    after = await stats(fleet.address_of("kvstore"), checksum_blocks=True)
     now = {c.block_key: c.checksum for c in after.checksums}
     assert figures.quarantined_slots == 0
     assert all(now[key] == checksum for key, checksum in before.items() if key in now)
@@ -110,4 +110,4 @@ async def test_a_request_that_kills_every_worker_ends_with_internal(tmp_path: Pa
             assert len([name for name in alive if name.startswith("prefill")]) == 1
             other = await generate(stub, request(PROMPT))
             assert (other.code, other.tokens) == (grpc.StatusCode.OK, expected(PROMPT))
-        await settled(fleet.address_of("kvstore-0"))
+        await settled(fleet.address_of("kvstore"))

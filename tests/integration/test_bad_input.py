@@ -74,13 +74,13 @@ async def test_bad_requests(fleet: Fleet, stub: Stub, name: str) -> None:
     assert word in out.details
     assert len(out.details) > 20
     assert out.tokens == []
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))
 
 
 async def test_an_oversized_message_is_refused(fleet: Fleet, stub: Stub) -> None:
     out = await generate(stub, router_pb2.GenerateRequest(text=b"x" * (20 << 20)))
     assert out.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))
 
 
 async def test_a_request_id_in_flight_is_not_taken_twice(fleet: Fleet, stub: Stub) -> None:
@@ -98,7 +98,7 @@ async def test_a_request_id_in_flight_is_not_taken_twice(fleet: Fleet, stub: Stu
     assert "mine" in second.details
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))
 
 
 async def test_a_prompt_that_the_slab_can_never_hold_is_refused(tmp_path: Path) -> None:
@@ -110,13 +110,13 @@ async def test_a_prompt_that_the_slab_can_never_hold_is_refused(tmp_path: Path) 
         assert out.code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "slab" in out.details
         assert out.seconds < 3
-        await settled(small.address_of("kvstore-0"))
+        await settled(small.address_of("kvstore"))
 
 
 async def test_a_worker_with_another_kv_format_is_refused(fleet: Fleet) -> None:
     other = KvFormat(32, "float32", "layer,kv,head,token,dim", (LayerGroup(2, 1, 8, 128),))
     hello = kvstore_pb2.AttachHello(worker_id="x", pid=1, kv_format=kv_format_to_proto(other), incarnation="x")
-    async with open_channel(fleet.address_of("kvstore-0")) as channel:
+    async with open_channel(fleet.address_of("kvstore")) as channel:
         call = kvstore_pb2_grpc.KvStoreServiceStub(channel).Attach(iter([kvstore_pb2.AttachRequest(hello=hello)]))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in call:

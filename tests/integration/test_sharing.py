@@ -58,7 +58,7 @@ async def test_siblings_that_come_at_once_still_share(fleet: Fleet, stub: Stub) 
         assert out.tokens == expected(prompt)
     after = await generate(stub, request([*common, 99], placement=on(1)))
     assert figures(after) == (128, 1)
-    await settled(fleet.address_of("kvstore-0"))
+    await settled(fleet.address_of("kvstore"))
 
 
 async def test_the_next_turn_finds_the_answer_cached(stub: Stub) -> None:

@@ -1,0 +1,128 @@
+"""A lease: the slots that one request uses, who holds them, and what of them is sealed."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from headway.core.blocks import Block
+
+
+class Problem(enum.Enum):
+    """Why an operation was refused."""
+
+    NO_SLOTS = "no slots in time"
+    TOO_LARGE = "can never fit"
+    RECLAIMED = "the slots are needed by older requests"
+    UNKNOWN = "no such lease"
+    NOT_YOURS = "not a holder of this lease"
+    BROKEN_CHAIN = "not the next blocks of the chain"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A refusal, in a sentence that says what to change."""
+
+    problem: Problem
+    message: str
+
+    @property
+    def retryable(self) -> bool:
+        return self.problem not in (Problem.TOO_LARGE, Problem.BROKEN_CHAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The block table (one slot a block, reserve included) and the leading tokens that are in the slab."""
+
+    lease_id: int
+    slots: list[int]
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """(block, slot): the block now lies in that slot. `cached_tokens` as in Granted."""
+
+    changes: list[tuple[int, int]]
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    slots: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    pass
+
+
+Result = Granted | Changed | Added | Done | Refused
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """slots: [ sealed: cached blocks, shared | own: written by the holder, nobody else's ]
+
+    holders: sessions of live workers. suspended: sessions that may still write but cannot be asked; while nobody else
+    holds the lease its own slots are quarantined. losers: slots of duplicate seals, by the session that may still use
+    them until its next operation.
+    """
+
+    lease_id: int
+    owner: str
+    joiner: str
+    keys: list[bytes]
+    tokens: int
+    arrival_s: float
+    slots: list[int]
+    blocks: list[Block]
+    holders: set[str] = field(default_factory=set)
+    suspended: set[str] = field(default_factory=set)
+    losers: dict[str, list[int]] = field(default_factory=dict)
+    handed_off: bool = False
+    # Until when a lease without holder waits for its joiner; None when it does not.
+    held_until_s: float | None = None
+    reclaiming: bool = False
+
+    @property
+    def age(self) -> tuple[float, int]:
+        """Smaller is older."""
+        return (self.arrival_s, self.lease_id)
+
+    @property
+    def own(self) -> list[int]:
+        """Slots of blocks that are not sealed."""
+        return self.slots[len(self.blocks) :]
+
+    @property
+    def private_slots(self) -> int:
+        """Own slots and losers of duplicate seals: all that no block of the cache lies in."""
+        return len(self.own) + sum(len(losers) for losers in self.losers.values())
+
+    @property
+    def live(self) -> bool:
+        """Somebody uses it, or is about to."""
+        return bool(self.holders) or self.held_until_s is not None
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """An acquire or (with `lease`) an extension that waits for slots. Oldest first."""
+
+    session: str
+    operation_id: int
+    arrival_s: float
+    number: int
+    deadline_s: float
+    keys: list[bytes]
+    tokens: int
+    blocks: int
+    joiner: str = ""
+    lease: Lease | None = None
+    request: tuple[str, int] = ("", 0)
+
+    @property
+    def age(self) -> tuple[float, int]:
+        return (self.arrival_s, self.lease.lease_id if self.lease else self.number)

@@ -1,0 +1,376 @@
+"""The accounting of a node's KV memory: operations in, results and instructions out; no clock, no network.
+
+Every slot is in exactly one place: free, sealed (cached, and leased while somebody holds it), a lease's own, or
+quarantined. `headway.core.audit` recounts all of it.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from headway.core.blocks import BlockCache
+from headway.core.events import BlockEvents
+from headway.core.keys import ROOT
+from headway.core.leases import Added, Changed, Done, Granted, Lease, Problem, Refused, Result, Waiter
+from headway.core.slots import SlotPool
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The result of an operation that had to wait."""
+
+    session: str
+    operation_id: int
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaim:
+    """Ask the session to stop using the lease and to release it."""
+
+    session: str
+    lease_id: int
+
+
+Instruction = Reply | Reclaim
+UNKNOWN = Refused(Problem.UNKNOWN, "this lease is unknown here: it ended, or the kvstore restarted; start over")
+
+
+class Store:
+    """Sessions are worker processes (one incarnation each). Times are seconds of one clock, given by the caller.
+
+    Operations return their result, or None when they wait; `instructions()` drains what has to be sent because of
+    them.
+    """
+
+    def __init__(self, total_slots: int, block_size: int, handoff_hold_s: float) -> None:
+        self.pool = SlotPool(total_slots)
+        self.cache = BlockCache()
+        self.events = BlockEvents()
+        self.leases: dict[int, Lease] = {}
+        self.waiters: list[Waiter] = []
+        self.hit_tokens = self.missed_tokens = self.evicted_blocks = 0
+        self._block = block_size
+        self._hold_s = handoff_hold_s
+        self._out: list[Instruction] = []
+        self._last_lease = 0
+
+    def instructions(self) -> list[Instruction]:
+        out, self._out = self._out, []
+        return out
+
+    # ------------------------------------------------------------------ acquire, extend
+
+    def acquire(
+        self,
+        session: str,
+        operation_id: int,
+        *,
+        keys: list[bytes],
+        tokens: int,
+        growth: int,
+        arrival_s: float,
+        deadline_s: float,
+        joiner: str = "",
+        request: tuple[str, int] = ("", 0),
+    ) -> Result | None:
+        """Slots for `tokens` + `growth` tokens, those of the cached prefix among them; all or nothing, oldest first."""
+        blocks = -(-(tokens + growth) // self._block)
+        if blocks > self.pool.total:
+            message = (
+                f"the request needs {blocks} slots of {self._block} tokens and the slab has {self.pool.total}: "
+                "shorten the prompt, or give the kvstore a larger slab (slab_bytes)"
+            )
+            return Refused(Problem.TOO_LARGE, message)
+        self._last_lease += 1
+        waiter = Waiter(
+            session, operation_id, arrival_s, self._last_lease, deadline_s, keys, tokens, blocks, joiner, None, request
+        )
+        return self._enqueue(waiter)
+
+    def extend(
+        self, session: str, operation_id: int, lease_id: int, *, blocks: int, deadline_s: float
+    ) -> Result | None:
+        """More slots for a lease; when it is the youngest and there are none, it must give way itself."""
+        lease = self._of(session, lease_id)
+        if isinstance(lease, Refused):
+            return lease
+        if len(lease.slots) + blocks > self.pool.total:
+            message = (
+                f"the answer outgrew the slab of {self.pool.total} slots: give the kvstore a larger one (slab_bytes)"
+            )
+            return Refused(Problem.TOO_LARGE, message)
+        waiter = Waiter(
+            session, operation_id, lease.arrival_s, lease_id, deadline_s, lease.keys, lease.tokens, blocks, "", lease
+        )
+        return self._enqueue(waiter)
+
+    def cancel_acquire(self, session: str, request: tuple[str, int]) -> None:
+        """Forget acquires of this request that wait."""
+        self.waiters = [w for w in self.waiters if w.lease or (w.session, w.request) != (session, request)]
+        self._serve()
+
+    def _enqueue(self, waiter: Waiter) -> Result | None:
+        if not self.waiters or waiter.age < self.waiters[0].age:
+            result = self._grant(waiter)
+            if result is not None:
+                return result
+        if waiter.lease is not None and self._youngest_is(waiter.lease):
+            return Refused(Problem.RECLAIMED, "older requests need the slots; start over")
+        bisect.insort(self.waiters, waiter, key=lambda w: w.age)
+        self._press()
+        return None
+
+    def _grant(self, waiter: Waiter) -> Result | None:
+        if waiter.lease is not None:
+            if waiter.blocks > self.pool.free + self.cache.idle:
+                return None
+            slots = self._take(waiter.blocks)
+            waiter.lease.slots += slots
+            return Added(slots)
+        found = self.cache.match(waiter.keys, (waiter.tokens - 1) // self._block)
+        idle = self.cache.idle - sum(1 for block in found if not block.holds)
+        if waiter.blocks - len(found) > self.pool.free + idle:
+            return None
+        for block in found:
+            self.cache.hold(block)
+        slots = [block.slot for block in found] + self._take(waiter.blocks - len(found))
+        lease = Lease(
+            waiter.number, waiter.session, waiter.joiner, waiter.keys, waiter.tokens, waiter.arrival_s, slots, found
+        )
+        lease.holders.add(waiter.session)
+        self.leases[lease.lease_id] = lease
+        cached = len(found) * self._block
+        self.hit_tokens += cached
+        self.missed_tokens += waiter.tokens - cached
+        return Granted(lease.lease_id, list(slots), cached)
+
+    def _take(self, count: int) -> list[int]:
+        """Slots, evicting idle blocks where too few are free; the caller has counted that there are enough."""
+        evicted: list[bytes] = []
+        while self.pool.free < count and (block := self.cache.evict()) is not None:
+            evicted.append(block.key)
+            self.pool.give([block.slot])
+        if evicted:
+            self.evicted_blocks += len(evicted)
+            self.events.removed(evicted)
+        return self.pool.take(count)
+
+    def _serve(self) -> None:
+        """Grant what waits, oldest first; nobody overtakes."""
+        while self.waiters and (result := self._grant(self.waiters[0])) is not None:
+            waiter = self.waiters.pop(0)
+            self._out.append(Reply(waiter.session, waiter.operation_id, result))
+        self._press()
+
+    def _press(self) -> None:
+        """The oldest waiter is short of slots: take them from the youngest lease, one at a time."""
+        while self.waiters and not any(lease.reclaiming for lease in self.leases.values()):
+            waiter = self.waiters[0]
+            younger = [lease for lease in self.leases.values() if lease.live and lease.age > waiter.age]
+            if not younger:
+                return
+            victim = max(younger, key=lambda lease: lease.age)
+            if victim.holders:
+                victim.reclaiming = True
+                self._refuse_extension(victim)
+                self._out += [Reclaim(session, victim.lease_id) for session in sorted(victim.holders)]
+                return
+            self._end(victim)
+            self._serve()
+
+    def _refuse_extension(self, lease: Lease) -> None:
+        refused = Refused(Problem.RECLAIMED, "older requests need the slots; start over")
+        for waiter in [w for w in self.waiters if w.lease is lease]:
+            self.waiters.remove(waiter)
+            self._out.append(Reply(waiter.session, waiter.operation_id, refused))
+
+    def _youngest_is(self, lease: Lease) -> bool:
+        """Others are live and all of them are older."""
+        others = [other for other in self.leases.values() if other is not lease and other.live]
+        return bool(others) and all(other.age < lease.age for other in others)
+
+    # ------------------------------------------------------------------ seal, refresh
+
+    def seal(self, session: str, lease_id: int, *, first: int, keys: list[bytes], parent: bytes) -> Result:
+        """Blocks [first, first + keys) are written. Where a key is sealed already, the lease switches to that slot."""
+        lease = self._of(session, lease_id)
+        if isinstance(lease, Refused):
+            return lease
+        known = lease.blocks[-1].key if lease.blocks else ROOT
+        if first != len(lease.blocks) or parent != known or first + len(keys) > len(lease.slots):
+            message = f"blocks {first}… of lease {lease_id} cannot be sealed: {len(lease.blocks)} are, in chain order"
+            return Refused(Problem.BROKEN_CHAIN, message)
+        changes: list[tuple[int, int]] = []
+        stored: list[bytes] = []
+        for key in keys:
+            at = len(lease.blocks)
+            block = self.cache.get(key)
+            if block is not None:
+                self._switch(session, lease, at, block.slot, changes)
+                self.cache.hold(block)
+            else:
+                block = self.cache.add(key, lease.slots[at], lease.blocks[-1] if lease.blocks else None)
+                stored.append(key)
+            lease.blocks.append(block)
+        if stored:
+            # Duplicates come first: a key whose child was sealed by others is sealed itself.
+            before = keys[len(keys) - len(stored) - 1] if len(stored) < len(keys) else parent
+            self.events.stored(stored, before)
+        return Changed(changes, len(lease.blocks) * self._block)
+
+    def refresh(self, session: str, lease_id: int, from_token: int) -> Result:
+        """Take over blocks that others have sealed since the lease was granted, from the first unsealed one on."""
+        lease = self._of(session, lease_id)
+        if isinstance(lease, Refused):
+            return lease
+        changes: list[tuple[int, int]] = []
+        if from_token // self._block <= len(lease.blocks):
+            for key in lease.keys[len(lease.blocks) : (lease.tokens - 1) // self._block]:
+                block = self.cache.get(key)
+                if block is None:
+                    break
+                self._switch(session, lease, len(lease.blocks), block.slot, changes)
+                self.cache.hold(block)
+                lease.blocks.append(block)
+        self.hit_tokens += len(changes) * self._block
+        self.missed_tokens -= len(changes) * self._block
+        return Changed(changes, len(lease.blocks) * self._block)
+
+    def _switch(self, session: str, lease: Lease, at: int, slot: int, changes: list[tuple[int, int]]) -> None:
+        lease.losers.setdefault(session, []).append(lease.slots[at])
+        lease.slots[at] = slot
+        changes.append((at, slot))
+
+    # ------------------------------------------------------------------ join, hand off, release
+
+    def join(self, session: str, worker_id: str, lease_id: int) -> Result:
+        """The expected joiner becomes a holder."""
+        lease = self.leases.get(lease_id)
+        if lease is None or not lease.live:
+            return UNKNOWN
+        if lease.joiner != worker_id:
+            return Refused(Problem.NOT_YOURS, f"lease {lease_id} expects {lease.joiner or 'nobody'}, not {worker_id}")
+        lease.holders.add(session)
+        lease.held_until_s = None
+        if lease.reclaiming:
+            self._out.append(Reclaim(session, lease_id))
+        return Granted(lease_id, list(lease.slots), len(lease.blocks) * self._block)
+
+    def hand_off(self, session: str, lease_id: int, now_s: float) -> Result:
+        """The holder is done; without another holder the lease waits for its joiner, for a bounded time."""
+        lease = self._of(session, lease_id)
+        if isinstance(lease, Refused):
+            return lease
+        lease.holders.discard(session)
+        lease.handed_off = True
+        if not lease.holders:
+            lease.held_until_s = now_s + self._hold_s
+            if lease.reclaiming:
+                self._end(lease)
+        self._serve()
+        return Done()
+
+    def release(self, session: str, lease_id: int) -> Result:
+        """The session does not use the lease any more. Unknown leases are released already."""
+        lease = self.leases.get(lease_id)
+        if lease is None:
+            return Done()
+        held = session in lease.holders
+        self._acknowledge(session, lease)
+        lease.holders.discard(session)
+        self.waiters = [w for w in self.waiters if not (w.lease is lease and w.session == session)]
+        if not lease.holders and (held or session == lease.owner):
+            self._end(lease)
+        self._serve()
+        return Done()
+
+    def _of(self, session: str, lease_id: int) -> Lease | Refused:
+        """The lease, if the session holds it; its operation says that it has seen all earlier replies."""
+        lease = self.leases.get(lease_id)
+        if lease is None:
+            return UNKNOWN
+        if session not in lease.holders:
+            return Refused(Problem.NOT_YOURS, f"lease {lease_id} is not held by this worker")
+        self._acknowledge(session, lease)
+        return lease
+
+    def _acknowledge(self, session: str, lease: Lease) -> None:
+        if losers := lease.losers.pop(session, None):
+            self.pool.give(losers)
+            self._serve()
+
+    def _end(self, lease: Lease) -> None:
+        """Nobody holds it any more: sealed blocks stay as cache, own slots are free, or quarantined if suspended."""
+        lease.held_until_s = None
+        lease.reclaiming = False
+        self.cache.drop(lease.blocks)
+        lease.slots = lease.own
+        lease.blocks = []
+        if lease.suspended:
+            return
+        del self.leases[lease.lease_id]
+        self.pool.give(lease.slots)
+        for losers in lease.losers.values():
+            self.pool.give(losers)
+
+    # ------------------------------------------------------------------ workers that go, time that passes
+
+    def suspend(self, session: str) -> None:
+        """The worker's stream broke and it may still write: what only it held is quarantined."""
+        self._leave(session, suspended=True)
+
+    def resolve(self, session: str) -> None:
+        """The worker is dead, or said that it stopped: it holds and writes nothing any more."""
+        self._leave(session, suspended=False)
+        for lease in [lease for lease in self.leases.values() if session in lease.suspended]:
+            lease.suspended.discard(session)
+            if losers := lease.losers.pop(session, None):
+                self.pool.give(losers)
+            if not lease.suspended and not lease.live:
+                self._end(lease)
+        self._serve()
+
+    def _leave(self, session: str, *, suspended: bool) -> None:
+        self.waiters = [waiter for waiter in self.waiters if waiter.session != session]
+        for lease in [lease for lease in self.leases.values() if session in lease.holders]:
+            lease.holders.discard(session)
+            if suspended:
+                lease.suspended.add(session)
+            elif losers := lease.losers.pop(session, None):
+                self.pool.give(losers)
+            if not lease.holders:
+                self._end(lease)
+        self._serve()
+
+    def tick(self, now_s: float) -> None:
+        """Time passes: waiting ends with a refusal, handoff holds end."""
+        for waiter in [waiter for waiter in self.waiters if waiter.deadline_s <= now_s]:
+            self.waiters.remove(waiter)
+            message = f"the slab had no room for {waiter.blocks} slots in time; try again later or enlarge slab_bytes"
+            self._out.append(Reply(waiter.session, waiter.operation_id, Refused(Problem.NO_SLOTS, message)))
+        for lease in [lease for lease in self.leases.values() if lease.held_until_s is not None]:
+            if lease.held_until_s is not None and lease.held_until_s <= now_s:
+                self._end(lease)
+        self._serve()
+
+    # ------------------------------------------------------------------ figures
+
+    def snapshot(self) -> Iterator[tuple[bytes, bytes]]:
+        """(key, parent key) of every sealed block, parents first."""
+        for block in self.cache:
+            yield block.key, block.parent.key if block.parent else ROOT
+
+    def counts(self) -> dict[str, int]:
+        """Slots by state: free + leased + cached + quarantined = all."""
+        quarantined = sum(lease.private_slots for lease in self.leases.values() if not lease.live)
+        leased = sum(lease.private_slots for lease in self.leases.values() if lease.live)
+        held = len(self.cache) - self.cache.idle
+        return {
+            "free": self.pool.free,
+            "leased": leased + held,
+            "cached": self.cache.idle,
+            "quarantined": quarantined,
+        }

@@ -1,0 +1,29 @@
+"""Settings of the kvstore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headway.runtime.config import ConfigError, option
+from headway.slab.host import PAGE
+
+
+@dataclass(frozen=True)
+class KvStoreConfig:
+    """The kvstore of Headway: owns a node's KV memory, its leases and its prefix cache."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(50052, "port to listen on; 0 lets the kernel choose")
+    port_file: str = option("", "file that gets the port once the kvstore listens")
+    node_id: str = option("node-0", "name of this node, unique in the fleet")
+    slab_bytes: int = option(1 << 30, "bytes of KV memory")
+    slab_name: str = option("headway", "name of the segment under /dev/shm, unique on this host")
+    run_dir: str = option("/tmp", "folder for the unix socket that hands out the slab's descriptor")
+    handoff_hold_s: float = option(10.0, "how long a lease waits for its decode worker after prefill")
+    log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        if self.slab_bytes < PAGE:
+            raise ConfigError(f"setting slab_bytes is {self.slab_bytes}; it must be at least {PAGE}")
+        if self.handoff_hold_s <= 0:
+            raise ConfigError(f"setting handoff_hold_s is {self.handoff_hold_s}; it must be above 0")

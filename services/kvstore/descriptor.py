@@ -1,0 +1,73 @@
+"""The unix socket that hands out the slab's descriptor against a session's one-time secret."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from pathlib import Path
+
+import grpc
+
+from headway.runtime.errors import HeadwayError
+from services.kvstore.node import Node, Session
+
+SECRET_BYTES = 32
+TIMEOUT_S = 5.0
+
+
+class DescriptorSocket:
+    """Protocol: the worker sends its 32-byte secret; back comes one byte with the descriptor (SCM_RIGHTS), or EOF."""
+
+    def __init__(self, node: Node, run_dir: Path) -> None:
+        self._node = node
+        self.path = run_dir / f"headway-kvstore-{os.getpid()}.sock"
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Until cancelled. Raises HeadwayError when the folder or the path is of no use."""
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.unlink(missing_ok=True)
+                listener.bind(str(self.path))
+                self.path.chmod(0o600)
+            except OSError as error:
+                message = f"cannot make the socket {self.path} ({error}); choose another folder with --run-dir"
+                raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, message) from None
+            listener.listen(64)
+            listener.setblocking(False)
+            try:
+                while True:
+                    channel, _ = await loop.sock_accept(listener)
+                    task = loop.create_task(self._hand_out(channel))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+            finally:
+                self.path.unlink(missing_ok=True)
+
+    async def _hand_out(self, channel: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with channel, contextlib.suppress(OSError, TimeoutError):
+            channel.setblocking(False)
+            async with asyncio.timeout(TIMEOUT_S):
+                secret = b""
+                while len(secret) < SECRET_BYTES and (part := await loop.sock_recv(channel, SECRET_BYTES)):
+                    secret += part
+            session = self._redeem(secret)
+            if session is not None:
+                credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                pid, _, _ = struct.unpack("3i", credentials)
+                self._node.mapped(session, pid)
+                socket.send_fds(channel, [b"\0"], [self._node.segment.descriptor])
+
+    def _redeem(self, secret: bytes) -> Session | None:
+        """The session of this secret, which is of no use from now on."""
+        for session in self._node.sessions.values():
+            if session.connected and session.secret and session.secret == secret:
+                session.secret = b""
+                return session
+        return None

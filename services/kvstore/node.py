@@ -1,0 +1,227 @@
+"""The node's state: slab, accounting, and the sessions of its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import select
+import time
+
+import grpc
+
+from headway.core.audit import check_integrity
+from headway.core.keys import split_keys
+from headway.core.leases import Problem, Refused, Result
+from headway.core.model import KvFormat
+from headway.core.store import Reclaim, Store
+from headway.runtime.errors import HeadwayError
+from headway.slab.host import HostSegment, slot_stride
+from headway.v1 import kvstore_pb2 as pb
+from services.kvstore.config import KvStoreConfig
+from services.kvstore.convert import reply_of
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05
+# Walking a larger slab would hold up the loop for more than a few milliseconds.
+AUDIT_SLOTS = 16384
+# A worker that does not read for so long is as good as gone.
+MAX_REPLIES = 65536
+
+
+class Session:
+    """One incarnation of a worker: what it holds is accounted under its key, over breaks of the stream."""
+
+    def __init__(self, key: str, worker_id: str) -> None:
+        self.key = key
+        self.worker_id = worker_id
+        self.connected = True
+        self.pidfd: int | None = None
+        self.secret = secrets.token_bytes(32)
+        self.replies: list[pb.AttachReply] = []
+        self.wake = asyncio.Event()
+
+    def put(self, reply: pb.AttachReply) -> None:
+        """Send with all else of this loop tick."""
+        if self.connected and len(self.replies) < MAX_REPLIES:
+            self.replies.append(reply)
+            self.wake.set()
+
+    @property
+    def dead(self) -> bool:
+        """The process is gone (or never mapped the slab, which is as good)."""
+        return self.pidfd is None or bool(select.select([self.pidfd], [], [], 0)[0])
+
+
+class Node:
+    """All operations come through here; after each, what other sessions must hear is sent and watchers are woken."""
+
+    def __init__(self, config: KvStoreConfig, segment: HostSegment) -> None:
+        self.config = config
+        self.segment = segment
+        self.epoch = time.time_ns()
+        self.kv_format: KvFormat | None = None
+        self.store = Store(0, 1, config.handoff_hold_s)
+        self.sessions: dict[str, Session] = {}
+        self.watchers: set[asyncio.Event] = set()
+        self._announced = 0
+        self._audited = 0
+
+    @property
+    def stride(self) -> int:
+        return slot_stride(self.kv_format.slot_bytes) if self.kv_format else 0
+
+    # ------------------------------------------------------------------ sessions
+
+    def open(self, incarnation: str, worker_id: str, kv_format: KvFormat) -> Session:
+        """A worker attaches. The first one's KV format lays out the slab; raises HeadwayError on another."""
+        self._lay_out(kv_format, worker_id)
+        former = self.sessions.pop(incarnation, None)
+        if former is not None:
+            # Only a worker that has stopped writing attaches again.
+            former.connected = False
+            self._close_pidfd(former)
+            self.store.resolve(incarnation)
+            self.settle()
+        session = self.sessions[incarnation] = Session(incarnation, worker_id)
+        return session
+
+    def mapped(self, session: Session, pid: int) -> None:
+        """The process `pid` has the slab's descriptor: watch for its death."""
+        with contextlib.suppress(ProcessLookupError):
+            session.pidfd = os.pidfd_open(pid)
+            asyncio.get_running_loop().add_reader(session.pidfd, self._died, session)
+
+    def close(self, session: Session) -> None:
+        """The stream broke: what the worker held is free if its process is dead, else quarantined until it is."""
+        session.connected = False
+        if self.sessions.get(session.key) is not session:
+            return
+        if session.dead:
+            self._resolve(session)
+        else:
+            log.info("worker=%s event=suspended", session.worker_id)
+            self.store.suspend(session.key)
+        self.settle()
+
+    def _died(self, session: Session) -> None:
+        log.info("worker=%s event=died", session.worker_id)
+        self._resolve(session)
+        self.settle()
+
+    def _resolve(self, session: Session) -> None:
+        self._close_pidfd(session)
+        self.store.resolve(session.key)
+        if not session.connected and self.sessions.get(session.key) is session:
+            del self.sessions[session.key]
+
+    def _close_pidfd(self, session: Session) -> None:
+        if session.pidfd is not None:
+            asyncio.get_running_loop().remove_reader(session.pidfd)
+            os.close(session.pidfd)
+            session.pidfd = None
+
+    def _lay_out(self, kv_format: KvFormat, worker_id: str) -> None:
+        if self.kv_format == kv_format:
+            return
+        if self.kv_format is not None:
+            message = (
+                f"worker {worker_id} has the KV format {kv_format}, this node's slab has {self.kv_format}: "
+                "start the worker with the same model and settings, or give it a kvstore of its own"
+            )
+            raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, message)
+        slots = self.segment.size // slot_stride(kv_format.slot_bytes)
+        if slots < 1:
+            message = (
+                f"one block takes {kv_format.slot_bytes} bytes, the slab has {self.segment.size}: enlarge slab_bytes"
+            )
+            raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, message)
+        self.kv_format = kv_format
+        self.store = Store(slots, kv_format.block_size, self.config.handoff_hold_s)
+        log.info("event=laid_out slots=%d slot_bytes=%d", slots, kv_format.slot_bytes)
+
+    # ------------------------------------------------------------------ operations
+
+    def handle(self, session: Session, operations: pb.AttachOperations) -> None:
+        """Run operations in order; results that do not have to wait are answered in one message."""
+        for operation in operations.operations:
+            kind = operation.WhichOneof("operation") or ""
+            try:
+                result = self._run(session, kind, operation)
+            except ValueError as error:
+                result = Refused(Problem.BROKEN_CHAIN, str(error))
+            if result is not None and operation.operation_id:
+                session.put(reply_of(kind, operation.operation_id, result))
+        self.settle()
+
+    def _run(self, session: Session, kind: str, operation: pb.AttachOperation) -> Result | None:
+        store, key, now = self.store, session.key, time.monotonic()
+        if kind == "acquire":
+            return self._acquire(session, operation.operation_id, operation.acquire, now)
+        if kind == "seal":
+            seal = operation.seal
+            keys = split_keys(seal.block_keys)
+            return store.seal(key, seal.lease_id, first=seal.first_block, keys=keys, parent=seal.parent_key)
+        if kind == "join":
+            lease_id = operation.join.lease_id if operation.join.epoch == self.epoch else 0
+            return store.join(key, session.worker_id, lease_id)
+        if kind == "extend":
+            extend = operation.extend
+            deadline_s = now + extend.timeout_s
+            return store.extend(
+                key, operation.operation_id, extend.lease_id, blocks=extend.blocks, deadline_s=deadline_s
+            )
+        if kind == "release":
+            return store.release(key, operation.release.lease_id)
+        if kind == "refresh":
+            return store.refresh(key, operation.refresh.lease_id, operation.refresh.from_token)
+        if kind == "hand_off":
+            return store.hand_off(key, operation.hand_off.lease_id, now)
+        if kind == "cancel_acquire":
+            cancel = operation.cancel_acquire
+            store.cancel_acquire(key, (cancel.sequence_id, cancel.attempt))
+        return None
+
+    def _acquire(self, session: Session, operation_id: int, acquire: pb.AcquireLease, now: float) -> Result | None:
+        return self.store.acquire(
+            session.key,
+            operation_id,
+            keys=split_keys(acquire.block_keys),
+            tokens=acquire.tokens,
+            growth=acquire.growth_tokens,
+            arrival_s=acquire.arrival_s,
+            deadline_s=now + acquire.timeout_s,
+            joiner=acquire.joiner,
+            request=(acquire.sequence_id, acquire.attempt),
+        )
+
+    def settle(self) -> None:
+        """Send what the last operations mean for others."""
+        for instruction in self.store.instructions():
+            session = self.sessions.get(instruction.session)
+            if session is None:
+                continue
+            if isinstance(instruction, Reclaim):
+                reclaim = pb.ReclaimLease(lease_id=instruction.lease_id)
+                session.put(pb.AttachReply(reclaim=reclaim))
+            else:
+                session.put(reply_of("", instruction.operation_id, instruction.result))
+        if self.store.events.last != self._announced:
+            self._announced = self.store.events.last
+            for watcher in self.watchers:
+                watcher.set()
+
+    async def tick(self) -> None:
+        """Let time pass for the store; recount it when nothing is leased."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.store.tick(time.monotonic())
+            self.settle()
+            store = self.store
+            if not store.leases and self._audited != store.events.last and store.pool.total <= AUDIT_SLOTS:
+                self._audited = store.events.last
+                for wrong in check_integrity(store):
+                    log.error("event=integrity %s", wrong)

@@ -1,0 +1,66 @@
+"""The kvstore process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import grpc
+
+from headway.runtime.config import load_or_exit
+from headway.runtime.errors import HeadwayError
+from headway.runtime.log import setup_logs
+from headway.runtime.server import GrpcServer, notify, run_service, stop_event
+from headway.slab.host import HostSegment, SlabError
+from headway.v1 import kvstore_pb2, kvstore_pb2_grpc
+from services.kvstore.config import KvStoreConfig
+from services.kvstore.descriptor import DescriptorSocket
+from services.kvstore.node import Node
+from services.kvstore.service import KvStoreServicer
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "headway-kvstore"
+
+
+async def serve(config: KvStoreConfig) -> None:
+    """Serve until SIGTERM. The segment's name goes with a clean stop; workers keep their mapping until they let go."""
+    setup_logs(PROGRAM, config.log_level)
+    stopped = stop_event()
+    service = kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"].full_name
+    server = GrpcServer([service])
+    port = server.listen(config.host, config.port)
+    try:
+        segment = await asyncio.to_thread(HostSegment, config.slab_name, config.slab_bytes)
+    except SlabError as error:
+        raise HeadwayError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
+    try:
+        node = Node(config, segment)
+        descriptors = DescriptorSocket(node, Path(config.run_dir).resolve())
+        servicer = KvStoreServicer(node, str(descriptors.path))
+        kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server(servicer, server.server)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(job) for job in (descriptors.serve(), node.tick())]
+            await server.start()
+            await server.set_serving(True)
+            if config.port_file:
+                Path(config.port_file).write_text(f"{port}\n")
+            notify("READY=1")
+            log.info("event=ready node=%s port=%d slab_bytes=%d", config.node_id, port, config.slab_bytes)
+            await stopped.wait()
+            notify("STOPPING=1")
+            await server.stop(0.5)
+            for task in running:
+                task.cancel()
+    finally:
+        segment.remove()
+
+
+def main() -> None:
+    config = load_or_exit(KvStoreConfig, PROGRAM)
+    run_service(PROGRAM, lambda: serve(config))
+
+
+if __name__ == "__main__":
+    main()
