@@ -31,6 +31,16 @@ class Predictor:
         return a + b * batch + c * kv_tokens
 
 
+def fastest(predictors: Sequence[Predictor]) -> Predictor:
+    """What equal workers can be trusted to do: the best that any of them measured, for prefill and for steps.
+
+    A worker that has not measured yet, or only its cold start, would otherwise never get work and so never learn.
+    """
+    prefill = min(predictors, key=lambda predictor: predictor.prefill_s(1024, 0)).prefill
+    step = min(predictors, key=lambda predictor: predictor.step_s(1, 1024)).step
+    return Predictor(prefill, step)
+
+
 def coefficients(values: Sequence[float]) -> Coefficients:
     """Three reported numbers; what is missing or negative counts as 0."""
     a, b, c = (max(0.0, value) for value in (*values, 0.0, 0.0, 0.0)[:3])

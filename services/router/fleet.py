@@ -13,7 +13,7 @@ import grpc
 
 from headway.core.index import PrefixIndex
 from headway.core.place import Role, WorkerLoad
-from headway.core.predict import Predictor, coefficients
+from headway.core.predict import Predictor, coefficients, fastest
 from headway.runtime.convert import card_from_proto
 from headway.runtime.errors import HeadwayError
 from headway.v1 import common_pb2, router_pb2
@@ -46,6 +46,8 @@ class Worker:
         self.load = WorkerLoad(
             hello.worker_id, hello.kvstore_address, ROLES[hello.role], max_batch=max(1, hello.max_batch)
         )
+        # As it says itself; its load has what it shares with its equals.
+        self.predictor = Predictor()
         self._lease = lease
         plane = PREFILL if hello.role == common_pb2.WORKER_ROLE_PREFILL else DECODE
         self.link = Link(hello.address, plane, self._event, self._broken)
@@ -61,7 +63,7 @@ class Worker:
         load.kv_tokens = status.kv_tokens
         load.free_slots = status.free_slots
         load.total_slots = status.total_slots
-        load.predictor = Predictor(
+        self.predictor = Predictor(
             coefficients(status.prefill_coefficients[:]), coefficients(status.step_coefficients[:])
         )
 
@@ -114,6 +116,7 @@ class Fleet:
                         raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, "announce the card (hello) first")
                     elif kind == "status":
                         worker.take_status(request.status)
+                        self._share_predictor(worker)
                         self._wake_waiting()
                     elif kind == "draining":
                         worker.load.draining = True
@@ -172,6 +175,14 @@ class Fleet:
         store.users -= 1
         if not store.users:
             asyncio.get_running_loop().call_later(self._config.store_linger_s, self._drop_unused, store)
+
+    def _share_predictor(self, worker: Worker) -> None:
+        """Workers of one role on one node run on the same hardware."""
+        kind = (worker.load.node, worker.load.role)
+        equals = [other for other in self.workers.values() if (other.load.node, other.load.role) == kind]
+        shared = fastest([other.predictor for other in equals if other.status.ready] or [worker.predictor])
+        for other in equals:
+            other.load.predictor = shared
 
     def _drop_unused(self, store: StoreWatch) -> None:
         if not store.users and self.stores.get(store.address) is store:

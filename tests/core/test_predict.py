@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headway.core.predict import Predictor, coefficients
+from headway.core.predict import Predictor, coefficients, fastest
 
 TOKENS = st.integers(0, 100_000)
 
@@ -23,6 +23,12 @@ def test_formulas() -> None:
 def test_missing_or_negative_coefficients_are_nothing() -> None:
     assert coefficients([]) == (0.0, 0.0, 0.0)
     assert coefficients([1.0, -2.0]) == (1.0, 0.0, 0.0)
+
+
+def test_equal_workers_share_the_best_that_was_measured() -> None:
+    guess = Predictor((0.0, 1e-3, 0.0), (1e-2, 0.0, 0.0))
+    measured = Predictor((0.0, 1e-6, 0.0), (2e-2, 0.0, 0.0))
+    assert fastest([guess, measured]) == Predictor((0.0, 1e-6, 0.0), (1e-2, 0.0, 0.0))
 
 
 @given(TOKENS, TOKENS)

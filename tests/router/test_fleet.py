@@ -133,7 +133,8 @@ async def test_explain_lists_every_option_the_pick_first() -> None:
     async with Rig() as rig:
         for name in ("p0", "p1", "d0"):
             fake = await rig.add(name)
-            fake.status.prefill_coefficients.extend([0.0, 1e-3, 0.0])
+            # p1 has measured nothing yet: it is taken to be as fast as its equal.
+            fake.status.prefill_coefficients.extend([0.0, 1.0 if name == "p1" else 1e-3, 0.0])
         rig.fakes[0].status.waiting_sequences, rig.fakes[0].status.waiting_tokens = 1, 500
         await until(lambda: rig.service.fleet.workers["p0"].load.wait_s > 0)
         explained = await rig.stub.Explain(router_pb2.ExplainRequest(request=rig.request(prompt=LONG)))
