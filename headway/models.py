@@ -72,7 +72,7 @@ def resolve(name_or_path: str) -> Path:
     if _is_name(name_or_path) and _is_model(named):
         return named.resolve()
     path = Path(name_or_path).expanduser()
-    if path.is_dir() and (not _is_name(name_or_path) or (path / "config.json").is_file()):
+    if name_or_path and path.is_dir() and (not _is_name(name_or_path) or (path / "config.json").is_file()):
         return path.resolve()
     if name_or_path in DOWNLOADS:
         raise LookupError(f"the model {name_or_path} is not here yet; run: headway model add {name_or_path}")

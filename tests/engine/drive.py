@@ -38,8 +38,9 @@ class Driver:
     def start(
         self, prompt: Sequence[int], new: int, shared: Running | None = None, sampling: Sampling | None = None
     ) -> Running:
-        """A sequence with slots for `new` tokens more; whole blocks of the prompt come from `shared` where given."""
-        keep = 0 if shared is None else (len(prompt) - 1) // self._block
+        """A sequence with slots for `new` tokens more; the whole blocks that it has in common with `shared` are shared."""
+        common = 0 if shared is None else _common(prompt[:-1], shared.tokens[: shared.computed])
+        keep = common // self._block
         needed = -(-(len(prompt) + new) // self._block) - keep
         own = np.array([self._free.pop() for _ in range(needed)], np.int32)
         table = own if shared is None else np.concatenate([shared.table[:keep], own])
@@ -47,11 +48,13 @@ class Driver:
 
     def prefill(self, running: Sequence[Running]) -> None:
         """Each prompt in a forward of its own, to its first token."""
+        self.engine.bind(self.slab)
         for sequence in running:
             self.step([sequence], 1 << 30)
 
     def run(self, running: Sequence[Running], new: int, chunks: Iterator[int]) -> list[list[int]]:
         """All together, prompts in chunks of the given sizes, until each has `new` outputs."""
+        self.engine.bind(self.slab)
         while active := [sequence for sequence in running if len(sequence.outputs) < new]:
             self.step(active, next(chunks))
         return [sequence.outputs for sequence in running]
@@ -69,3 +72,9 @@ class Driver:
             if drawn is not None:
                 at.outputs.append(drawn.token_id)
                 at.tokens.append(drawn.token_id)
+
+
+def _common(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens the two start with alike."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
