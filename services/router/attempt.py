@@ -45,7 +45,7 @@ class Attempt:
         return self.decode if self.begun or self.prefill is None else self.prefill
 
     def dispatch(self, pieces: list[common_pb2.Sequence]) -> None:
-        """One command a piece to each worker, at the same time."""
+        """One command a piece to each worker; decode need not know before prefill is done."""
         if self.prefill is None:
             for piece in pieces:
                 self.decode.link.send(start=decode_pb2.DecodeStart(sequence=piece))
@@ -53,7 +53,7 @@ class Attempt:
             joiner = self.decode.worker_id
             for piece in pieces:
                 self.prefill.link.send(start=prefill_pb2.PrefillStart(sequence=piece, decode_worker=joiner))
-                self.decode.link.send(expect=decode_pb2.DecodeExpect(sequence=piece))
+                self.decode.link.send_soon(expect=decode_pb2.DecodeExpect(sequence=piece))
             self._hold(self.prefill)
             self._count_running()
         self._hold(self.decode)

@@ -72,6 +72,7 @@ class Fake:
         # Token ids as they came with each of `starts`.
         self.given: list[list[int]] = []
         self.messages = 0
+        self.begins = 0
         self.status = router_pb2.WorkerStatus(ready=True, free_slots=1000, total_slots=1000)
         self.status_every_s = 0.1
         self.silent = False
@@ -162,6 +163,7 @@ class Fake:
                     self.held.pop((body.sequence_id, body.attempt), None)
                     continue
                 if kind == "begin":
+                    self.begins += 1
                     sequence = self.held.get((body.sequence_id, body.attempt))
                     if sequence is not None:
                         sequence.token_ids.append(body.first_token.token_id)

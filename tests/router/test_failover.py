@@ -122,7 +122,7 @@ async def test_death_of_an_idle_decode_worker_is_no_blame() -> None:
         assert got.tokens[0] == expected(PROMPT, COUNT)
         assert got.finished[0].replays == 2
         await rig.quiet()
-        assert len(prefiller.cancels) == 2
+        await until(lambda: len(prefiller.cancels) == 2)
 
 
 async def test_death_of_prefill_after_its_token_changes_nothing() -> None:
@@ -240,7 +240,7 @@ async def test_second_first_token_is_dropped() -> None:
         got = await rig.run(rig.request(COUNT))
         assert got.tokens[0] == expected(PROMPT, COUNT)
         await rig.quiet()
-        assert decode.messages == 2
+        assert decode.begins == 1
 
 
 async def test_worker_that_died_under_a_request_gets_it_no_more_while_others_live() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headway.v1 import common_pb2
-from tests.router.fakes import PROMPT, Rig, expected
+from tests.router.fakes import PROMPT, Rig, expected, until
 
 LENGTH = common_pb2.FINISH_REASON_LENGTH
 
@@ -26,8 +26,9 @@ async def test_answer_comes_from_both_workers() -> None:
         await rig.quiet()
         assert not prefill.cancels
         assert not decode.cancels
-        # Start in one message; Expect and Begin in one each.
-        assert (prefill.messages, decode.messages) == (1, 2)
+        # Start in one message; Expect and Begin in one, or two if prefill takes long.
+        assert (prefill.messages, decode.begins) == (1, 1)
+        assert decode.messages <= 2
 
 
 async def test_one_token_needs_no_decode() -> None:
@@ -36,7 +37,7 @@ async def test_one_token_needs_no_decode() -> None:
         got = await rig.run(rig.request(1))
         assert got.tokens[0] == expected(PROMPT, 1)
         await rig.quiet()
-        assert len(decode.cancels) == 1
+        await until(lambda: len(decode.cancels) == 1)
 
 
 @pytest.mark.parametrize("name", ["m0", "d0"])
