@@ -38,7 +38,7 @@ class Driver:
     def start(
         self, prompt: Sequence[int], new: int, shared: Running | None = None, sampling: Sampling | None = None
     ) -> Running:
-        """A sequence with slots for `new` tokens more; the whole blocks that it has in common with `shared` are shared."""
+        """A sequence with slots for `new` tokens more; whole blocks in common with `shared` are shared."""
         common = 0 if shared is None else _common(prompt[:-1], shared.tokens[: shared.computed])
         keep = common // self._block
         needed = -(-(len(prompt) + new) // self._block) - keep
