@@ -92,7 +92,7 @@ async def leases_left(address: str) -> int:
 
 async def measure(fleet: Fleet, *, quick: bool) -> dict[str, Any]:
     rounds, single, parallel = (3, 30, 300) if quick else (5, 100, 1500)
-    pids = {name: fleet.process(name) for name in fleet.processes}
+    pids = {name: fleet.process(name) for name in fleet.names}
     out: dict[str, Any] = {"rows": []}
     async with open_channel(fleet.address) as channel:
         stub: router_pb2_grpc.RouterServiceAsyncStub = router_pb2_grpc.RouterServiceStub(channel)

@@ -64,8 +64,9 @@ async def generate(
     """Run a request to its end, whatever that is; on_token(tokens so far) after Started (0) and after each token."""
     out, started = Outcome(), time.monotonic()
     last = started
+    call = stub.Generate(message, timeout=timeout)
     try:
-        async for response in stub.Generate(message, timeout=timeout):
+        async for response in call:
             now = time.monotonic()
             out.longest_gap_s, last = max(out.longest_gap_s, now - last), now
             if response.HasField("started") and on_token is not None:
@@ -80,6 +81,8 @@ async def generate(
                 out.finished = response.finished
     except grpc.aio.AioRpcError as error:
         out.code, out.details = error.code(), error.details() or ""
+    finally:
+        call.cancel()
     out.seconds = time.monotonic() - started
     out.longest_gap_s = max(out.longest_gap_s, time.monotonic() - last)
     return out

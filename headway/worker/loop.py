@@ -340,6 +340,9 @@ class EngineLoop:
                 active.change_slots(list(reply.sealed.changes))
             else:
                 log.warning("event=seal_refused reason=%s", reply.failure.message)
+            if active.phase is Phase.READY and not active.stepping:
+                # It may be out of slots, and had to wait for this reply to ask for more.
+                self._grow(active)
 
         return sealed
 

@@ -106,7 +106,7 @@ async def test_a_request_that_kills_every_worker_ends_with_internal(tmp_path: Pa
             stub = router_pb2_grpc.RouterServiceStub(channel)
             out = await generate(stub, request([1, 2, 255, 4]))
             assert out.code == grpc.StatusCode.INTERNAL
-            alive = [name for name, process in fleet.processes.items() if process.alive]
+            alive = [name for name in fleet.names if fleet.alive(name)]
             assert len([name for name in alive if name.startswith("prefill")]) == 1
             other = await generate(stub, request(PROMPT))
             assert (other.code, other.tokens) == (grpc.StatusCode.OK, expected(PROMPT))

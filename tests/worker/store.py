@@ -23,6 +23,8 @@ class LittleStore:
         self.sealed: list[bytes] = []
         self.operations: list[str] = []
         self.refuse_extend = False
+        # Seconds until the reply to a seal comes.
+        self.seal_delay_s = 0.0
         self._last_lease = 0
 
     def slab(self) -> Slab:
@@ -34,7 +36,8 @@ class LittleStore:
         self.operations.append(kind)
         reply = getattr(self, f"_{kind}", lambda _: pb.AttachReply(done=pb.Done()))(getattr(operation, kind))
         if on_reply is not None:
-            asyncio.get_running_loop().call_soon(on_reply, reply)
+            delay_s = self.seal_delay_s if kind == "seal" else 0.0
+            asyncio.get_running_loop().call_later(delay_s, on_reply, reply)
 
     def _acquire(self, acquire: pb.AcquireLease) -> pb.AttachReply:
         blocks = -(-(acquire.tokens + acquire.growth_tokens) // BLOCK)

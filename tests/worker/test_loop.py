@@ -180,6 +180,14 @@ async def test_a_refused_extension_preempts_by_recompute(bench: Bench) -> None:
     assert bench.store.operations.count("acquire") == 2
 
 
+async def test_a_slow_reply_to_a_seal_does_not_stall_growth(bench: Bench) -> None:
+    bench.store.seal_delay_s = 0.05
+    prompt, heard = list(range(20)), Heard()
+    bench.loop.start(sequence(prompt, 100), heard)
+    await until_over(heard)
+    assert heard.tokens == expected(prompt, 100)
+
+
 async def test_when_a_batch_fails_only_the_culprit_fails(bench: Bench) -> None:
     bench.engine.fails_on = 200
     good, bad = Heard(), Heard()
