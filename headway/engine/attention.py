@@ -21,7 +21,7 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "output_router_logits": (False,),
     "return_dict": (True,),
 }
-_IGNORED = frozenset({"position_ids", "cache_position", "position_embeddings"})
+_IGNORED = frozenset({"position_ids", "cache_position"})
 
 
 def paged_attention(

@@ -78,6 +78,10 @@ def _load_weights(folder: Path, config: Any, dtype: str) -> Any:
                 output_loading_info=True,
             )
         except Exception as error:  # a broken folder shows in many ways
+            if NAME in str(error):
+                raise ModelError(
+                    f"models of type {config.model_type} are not served: their attention is fixed"
+                ) from None
             raise ModelError(f"the model in {folder} cannot be loaded: {_first(error)}") from error
     # What the files lack would be random numbers.
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):

@@ -48,18 +48,18 @@ def _ids(engine: TransformersEngine) -> list[int]:
 
 @torch.inference_mode()
 def _stock(model: Any, ids: list[int]) -> torch.Tensor:
-    """float32 [4, vocabulary]: after the first and second token, in the middle and at the end."""
+    """float32 [5, vocabulary]: after the first and second token, in the middle, at the end and again at the end."""
     with quiet():
         model.set_attn_implementation("eager")
         try:
             logits: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         finally:
             model.set_attn_implementation(NAME)
-    return logits[[0, 1, len(ids) // 2 - 1, len(ids) - 1]].float()
+    return logits[[0, 1, len(ids) // 2 - 1, len(ids) - 1, len(ids) - 1]].float()
 
 
 def _paged(engine: TransformersEngine, ids: list[int]) -> torch.Tensor:
-    """The same four rows over a slab of NaN, in four forwards, two of which hold a second sequence."""
+    """The same rows over a slab of NaN: in chunks, two of them beside a second sequence, and at last in one piece."""
     kv_format = engine.card.kv_format
     blocks = -(-len(ids) // kv_format.block_size)
     engine.bind(np.full((2 * blocks, kv_format.slot_bytes), 0xFF, np.uint8))
@@ -72,5 +72,6 @@ def _paged(engine: TransformersEngine, ids: list[int]) -> torch.Tensor:
         engine.logits([Chunk(ids[1:2], 1, ours, draw), Chunk(ids[:2], half - 1, theirs, None)]),
         engine.logits([Chunk(ids[2:half], 2, ours, draw)]),
         engine.logits([Chunk(ids[half:], half, ours, draw)]),
+        engine.logits([Chunk(ids, 0, ours, draw)]),
     ]
     return torch.cat(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from headway.core.sampling import Sampling
 from headway.engine.contract import Chunk, Draw, Engine
-from headway.engine.load import load_engine
+from headway.engine.load import ModelError, load_engine
 from tests.engine.drive import Driver
 from tests.engine.tiny import CONTEXT, FAMILIES, VOCABULARY, save_model, stock_model
 from tests.reference import check_equal, generate
@@ -143,6 +144,19 @@ def test_bad_chunks_are_refused(family: Family, tokens: list[int], position: int
     with pytest.raises(ValueError, match="outside the slab"):
         family.engine.forward([Chunk([1], 0, np.array([len(driver.slab)], np.int32), None)])
     assert (driver.slab == 0xFF).all()
+
+
+def test_unbind_lets_go_of_the_slab(family: Family) -> None:
+    kv_format = family.engine.card.kv_format
+    memory = mmap.mmap(-1, 8 * kv_format.slot_bytes)
+    family.engine.bind(np.frombuffer(memory, np.uint8).reshape(8, -1))
+    family.engine.forward([Chunk(family.prompts[3], 0, np.arange(8, dtype=np.int32), Draw(Sampling(), 0))])
+    with pytest.raises(BufferError):
+        memory.close()
+    family.engine.unbind()
+    memory.close()
+    with pytest.raises(ModelError, match="bind"):
+        family.engine.forward([Chunk([1], 0, np.arange(8, dtype=np.int32), None)])
 
 
 def test_a_slab_of_another_shape_is_refused(family: Family) -> None:

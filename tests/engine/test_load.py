@@ -96,6 +96,13 @@ def test_attention_of_another_kind_is_caught_by_the_proof(tmp_path: Path) -> Non
         load_engine(str(tmp_path))
 
 
+def test_attention_that_cannot_be_replaced_is_refused(tmp_path: Path) -> None:
+    config = transformers.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **_SMALL)
+    save_model(tmp_path, config)
+    with pytest.raises(ModelError, match="falcon are not served: their attention is fixed"):
+        load_engine(str(tmp_path))
+
+
 @pytest.mark.parametrize("more", [{}, {"scale_attn_by_inverse_layer_idx": True}])
 def test_what_the_proof_holds_for_is_served(more: dict[str, Any], tmp_path: Path) -> None:
     """Learned positions are no special case."""
