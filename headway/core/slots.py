@@ -25,7 +25,8 @@ class SlotPool:
         if count > len(self._free):
             raise ValueError(f"{count} slots asked for, {len(self._free)} free")
         cut = len(self._free) - count
-        slots, self._free = self._free[cut:], self._free[:cut]
+        slots = self._free[cut:]
+        del self._free[cut:]
         for slot in slots:
             self._is_free[slot] = 0
         return slots
