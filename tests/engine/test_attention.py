@@ -129,8 +129,7 @@ def test_consecutive_slots_are_written_as_one_run() -> None:
     assert [tuple(piece) for piece in plan.pieces] == [(0, 2, 5, 2), (14, 17, 9, 0)]
 
 
-def test_unbound_pages_leave_nothing_behind() -> None:
-    """A gathered sequence never shows what lies past its end."""
+def test_gather_leaves_out_what_lies_past_the_end() -> None:
     pages, slab = pages_of(4, 1, 3)
     plan = plan_forward(pages, [Chunk([0] * 5, 0, np.array([2, 0], np.int32), None)], torch.float32)
     plan.store(1, torch.ones(5, 1, DIM), torch.full((5, 1, DIM), 2.0))
