@@ -13,7 +13,7 @@ from headway.core.model import KvFormat
 from headway.engine.contract import Chunk
 
 # Token-major inside a block: a gathered sequence is [token, head, dim] as it stands, so that attention reads it
-# without a transposition (a third faster than head-major at every batch size).
+# without a transposition: a third less time than head-major on one thread, 13 to 18 % on two (batch 1 to 16).
 ORDER = "layer,kv,token,head,dim"
 
 
