@@ -53,7 +53,7 @@ async def one(stub: router_pb2_grpc.RouterServiceAsyncStub, prompt: list[int]) -
     async for response in stub.Generate(request):
         if response.HasField("delta"):
             arrivals += [time.monotonic()] * len(response.delta.tokens)
-        elif response.HasField("finished"):
+        if response.HasField("finished"):
             finished = response.finished
     assert len(arrivals) == OUTPUTS
     assert finished.prefill_worker.startswith("prefill")

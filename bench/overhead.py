@@ -53,7 +53,7 @@ async def one(stub: router_pb2_grpc.RouterServiceAsyncStub, request: router_pb2.
         if response.HasField("delta") and response.delta.tokens:
             first = first or time.monotonic()
             tokens += len(response.delta.tokens)
-        elif response.HasField("finished"):
+        if response.HasField("finished"):
             finished = response.finished
     assert finished.prefill_worker.startswith("prefill"), finished
     assert finished.decode_worker.startswith("decode"), finished
@@ -107,8 +107,8 @@ async def measure(fleet: Fleet, *, quick: bool) -> dict[str, Any]:
             for round_ in range(rounds):
                 progress(f"{tokens} in, {outputs} out: round {round_ + 1} of {rounds}")
                 seed = tokens * 1000 + outputs * 100 + round_ + 1
-                alone = await series(stub, with_output(prompts(single, tokens, seed), outputs), 1)
-                requests = with_output(prompts(max(32, parallel_here), tokens, -seed), outputs)
+                alone = await series(stub, with_output(prompts(single, tokens, 2 * seed), outputs), 1)
+                requests = with_output(prompts(max(32, parallel_here), tokens, 2 * seed + 1), outputs)
                 with busy_share() as share:
                     together = await series(stub, requests, 32)
                 ttft.append(median(alone.ttft_s))

@@ -40,7 +40,7 @@ def test_every_router_rpc(fleet: Fleet, tmp_path: Path, version: str) -> None:
     with Client(fleet.address) as client:
         expected = client.generate("hello", max_tokens=4, temperature=1.0, seed=7)
     assert seen["grpc"] == version
-    assert (seen["events"][0], seen["events"][-1]) == ("started", "finished")
+    assert (seen["events"][0], seen["events"][-1]) == (["started"], ["delta", "finished"])
     assert seen["tokens"] == expected.token_ids
     assert seen["options"] >= 1
     assert {"prefill-0", "decode-0"} <= set(seen["workers"])

@@ -32,7 +32,7 @@ def main(address: str) -> dict[str, object]:
         announced = next(router.Announce(iter([router_pb2.AnnounceRequest(hello=hello)]), timeout=10))
     return {
         "grpc": grpc.__version__,
-        "events": [event.WhichOneof("event") for event in events],
+        "events": [[field.name for field, _ in event.ListFields()] for event in events],
         "tokens": [token.token_id for event in events for token in event.delta.tokens],
         "options": len(explained.options),
         "workers": sorted(worker.worker_id for worker in fleet.workers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, Unpack
 
@@ -23,13 +24,13 @@ class AsyncStream(AsyncIterator[Event]):
         self._call = call
         self._responses = aiter(call)
         self._address = address
+        self._events: deque[Event] = deque()
 
     async def __anext__(self) -> Event:
         try:
-            while True:
-                event = convert.event_from_proto(await anext(self._responses))
-                if event is not None:
-                    return event
+            while not self._events:
+                self._events.extend(convert.events_from_proto(await anext(self._responses)))
+            return self._events.popleft()
         except grpc.RpcError as error:
             raise from_rpc(error, self._address) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Unpack
@@ -27,13 +28,13 @@ class Stream(Iterator[Event]):
     def __init__(self, call: Any, address: str) -> None:
         self._call = call
         self._address = address
+        self._events: deque[Event] = deque()
 
     def __next__(self) -> Event:
         try:
-            while True:
-                event = convert.event_from_proto(next(self._call))
-                if event is not None:
-                    return event
+            while not self._events:
+                self._events.extend(convert.events_from_proto(next(self._call)))
+            return self._events.popleft()
         except grpc.RpcError as error:
             raise from_rpc(error, self._address) from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from headway.client.results import (
     Event,
     Explanation,
@@ -19,17 +21,15 @@ from headway.client.results import (
 from headway.v1 import common_pb2, router_pb2
 
 
-def event_from_proto(response: router_pb2.GenerateResponse) -> Event | None:
-    """None for a kind of event that this version does not know."""
-    match response.WhichOneof("event"):
-        case "started":
-            started = response.started
-            return Started(response.choice, started.request_id, started.prompt_tokens, started.model)
-        case "delta":
-            return TextDelta(response.choice, response.delta.text, tuple(map(_token, response.delta.tokens)))
-        case "finished":
-            return _finished(response.choice, response.finished)
-    return None
+def events_from_proto(response: router_pb2.GenerateResponse) -> Iterator[Event]:
+    """All that one message says, in order."""
+    if response.HasField("started"):
+        started = response.started
+        yield Started(response.choice, started.request_id, started.prompt_tokens, started.model)
+    if response.HasField("delta"):
+        yield TextDelta(response.choice, response.delta.text, tuple(map(_token, response.delta.tokens)))
+    if response.HasField("finished"):
+        yield _finished(response.choice, response.finished)
 
 
 def explanation_from_proto(response: router_pb2.ExplainResponse) -> Explanation:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class BlockEvent(NamedTuple):
-    """`keys` were stored (in chain order, the first one's parent is `parent`) or, with `removed`, are gone."""
+    """`keys` were stored (parents before children) or, with `removed`, are gone (children first).
 
-    number: int
+    Events `first` to `last` in one: those that follow each other and are of one kind can be merged.
+    """
+
+    first: int
+    last: int
     keys: list[bytes]
-    parent: bytes
     removed: bool
+
+
+def merge(events: Iterable[BlockEvent], most_keys: int) -> list[BlockEvent]:
+    """The same events in as few as possible, each of at most `most_keys` keys unless it had more before."""
+    merged: list[BlockEvent] = []
+    for event in events:
+        last = merged[-1] if merged else None
+        if last and last.removed == event.removed and len(last.keys) + len(event.keys) <= most_keys:
+            merged[-1] = BlockEvent(last.first, event.last, last.keys + event.keys, event.removed)
+        else:
+            merged.append(event)
+    return merged
 
 
 class BlockEvents:
@@ -22,11 +38,11 @@ class BlockEvents:
         self._events: deque[BlockEvent] = deque(maxlen=keep)
         self.last = 0
 
-    def stored(self, keys: list[bytes], parent: bytes) -> None:
-        self._append(keys, parent, removed=False)
+    def stored(self, keys: list[bytes]) -> None:
+        self._append(keys, removed=False)
 
     def removed(self, keys: list[bytes]) -> None:
-        self._append(keys, b"", removed=True)
+        self._append(keys, removed=True)
 
     def since(self, number: int) -> list[BlockEvent] | None:
         """The events after `number`; None when some of them are no longer kept (or never were)."""
@@ -35,6 +51,6 @@ class BlockEvents:
             return None
         return list(self._events)[len(self._events) - missing :] if missing else []
 
-    def _append(self, keys: list[bytes], parent: bytes, *, removed: bool) -> None:
+    def _append(self, keys: list[bytes], *, removed: bool) -> None:
         self.last += 1
-        self._events.append(BlockEvent(self.last, keys, parent, removed))
+        self._events.append(BlockEvent(self.last, self.last, keys, removed))

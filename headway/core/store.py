@@ -7,7 +7,6 @@ quarantined. `headway.core.audit` recounts all of it.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from headway.core.blocks import BlockCache
@@ -216,9 +215,7 @@ class Store:
                 stored.append(key)
             lease.blocks.append(block)
         if stored:
-            # Duplicates come first: a key whose child was sealed by others is sealed itself.
-            before = keys[len(keys) - len(stored) - 1] if len(stored) < len(keys) else parent
-            self.events.stored(stored, before)
+            self.events.stored(stored)
         return Changed(changes, len(lease.blocks) * self._block)
 
     def refresh(self, session: str, lease_id: int, from_token: int) -> Result:
@@ -358,10 +355,9 @@ class Store:
 
     # ------------------------------------------------------------------ figures
 
-    def snapshot(self) -> Iterator[tuple[bytes, bytes]]:
-        """(key, parent key) of every sealed block, parents first."""
-        for block in self.cache:
-            yield block.key, block.parent.key if block.parent else ROOT
+    def snapshot(self) -> list[bytes]:
+        """The keys of all sealed blocks, parents before children."""
+        return [block.key for block in self.cache]
 
     def counts(self) -> dict[str, int]:
         """Slots by state: free + leased + cached + quarantined = all."""

@@ -705,6 +705,8 @@ Global___WatchBlocksRequest: _TypeAlias = WatchBlocksRequest  # noqa: Y015
 
 @_typing.final
 class WatchBlocksResponse(_message.Message):
+    """Events of one kind that follow each other come in one message, a few milliseconds' worth."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: _builtins.int
@@ -713,9 +715,12 @@ class WatchBlocksResponse(_message.Message):
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
     SNAPSHOT_END_FIELD_NUMBER: _builtins.int
+    FIRST_SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     sequence_number: _builtins.int
-    """The snapshot's messages carry the number of the last event that it covers."""
+    """Of the last event in this message. A snapshot's messages carry the number of the last event that it covers."""
+    first_sequence_number: _builtins.int
+    """Of the first event in this message, so that a gap shows; unset in a snapshot."""
     @_builtins.property
     def snapshot_begin(self) -> Global___SnapshotBegin:
         """Forget everything known of this store; what follows is complete."""
@@ -735,10 +740,11 @@ class WatchBlocksResponse(_message.Message):
         stored: Global___BlocksStored | None = ...,
         removed: Global___BlocksRemoved | None = ...,
         snapshot_end: Global___SnapshotEnd | None = ...,
+        first_sequence_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "removed", b"removed", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "event", b"event", "removed", b"removed", "sequence_number", b"sequence_number", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "event", b"event", "first_sequence_number", b"first_sequence_number", "removed", b"removed", "sequence_number", b"sequence_number", "snapshot_begin", b"snapshot_begin", "snapshot_end", b"snapshot_end", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot_begin", "stored", "removed", "snapshot_end"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
@@ -778,23 +784,20 @@ Global___SnapshotEnd: _TypeAlias = SnapshotEnd  # noqa: Y015
 
 @_typing.final
 class BlocksStored(_message.Message):
-    """Keys in chain order: each one's parent is the one before it, the first one's is parent_key."""
+    """Parents before their children."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PARENT_KEY_FIELD_NUMBER: _builtins.int
     BLOCK_KEYS_FIELD_NUMBER: _builtins.int
-    parent_key: _builtins.bytes
     block_keys: _builtins.bytes
     def __init__(
         self,
         *,
-        parent_key: _builtins.bytes = ...,
         block_keys: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_keys", b"block_keys", "parent_key", b"parent_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_keys", b"block_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -802,6 +805,8 @@ Global___BlocksStored: _TypeAlias = BlocksStored  # noqa: Y015
 
 @_typing.final
 class BlocksRemoved(_message.Message):
+    """Children before their parents."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     BLOCK_KEYS_FIELD_NUMBER: _builtins.int

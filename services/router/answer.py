@@ -59,18 +59,16 @@ class Answer:
             self.finished.usage.cached_tokens = cached_tokens
             self.finished.usage.computed_tokens = computed_tokens
 
-    def messages(self) -> list[router_pb2.GenerateResponse]:
-        """What to send now: a Delta with all new tokens, and Finished once it is over."""
-        out = []
-        if self._tokens:
-            if not self.finished.timings.ttft_s:
-                self.finished.timings.ttft_s = time.monotonic() - self._job.received
-            delta = router_pb2.Delta(text="".join(self._text), tokens=self._tokens)
-            out.append(router_pb2.GenerateResponse(choice=self._choice, delta=delta))
-            self._tokens, self._text = [], []
-            if self.over:
-                out.append(router_pb2.GenerateResponse(choice=self._choice, finished=self._finish()))
-        return out
+    def message(self) -> router_pb2.GenerateResponse | None:
+        """What to send now: a Delta with all new tokens, with Finished once it is over; None when there is nothing."""
+        if not self._tokens:
+            return None
+        if not self.finished.timings.ttft_s:
+            self.finished.timings.ttft_s = time.monotonic() - self._job.received
+        delta = router_pb2.Delta(text="".join(self._text), tokens=self._tokens)
+        self._tokens, self._text = [], []
+        finished = self._finish() if self.over else None
+        return router_pb2.GenerateResponse(choice=self._choice, delta=delta, finished=finished)
 
     def _finish(self) -> router_pb2.Finished:
         finished = self.finished

@@ -55,7 +55,8 @@ async def generate(
                         choice.start()
                 for choice in live:
                     choice.resume()
-                    for response in choice.answer.messages():
+                    response = choice.answer.message()
+                    if response is not None:
                         await send(response)
                     if choice.answer.over:
                         choice.close()

@@ -61,13 +61,13 @@ class StoreWatch:
                     return
 
     def apply(self, response: kvstore_pb2.WatchBlocksResponse) -> bool:
-        """Take one event into the index; False when events before it are missing."""
-        kind = response.WhichOneof("event")
+        """Take one message into the index; False when events before it are missing."""
+        kind, first = response.WhichOneof("event"), response.first_sequence_number
         if kind == "snapshot_begin":
             self._index.snapshot(self.address)
             self._in_snapshot = True
             self.epoch = response.epoch
-        elif response.epoch != self.epoch or (not self._in_snapshot and response.sequence_number != self.last + 1):
+        elif response.epoch != self.epoch or (not self._in_snapshot and first != self.last + 1):
             return False
         elif kind == "stored":
             self._store(split_keys(response.stored.block_keys))

@@ -92,7 +92,7 @@ def test_attention_of_another_kind_is_caught_by_the_proof(tmp_path: Path) -> Non
     """ALiBi, of which Bloom's config says nothing."""
     save_model(tmp_path, transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=2, **_SMALL))
     change(tmp_path, max_position_embeddings=64)
-    with pytest.raises(ModelError, match="bloom are not served: .* logits differ"):
+    with pytest.raises(ModelError, match=r"bloom are not served: .* logits differ"):
         load_engine(str(tmp_path))
 
 

@@ -333,11 +333,11 @@ class Got:
         choice = response.choice
         if response.HasField("started"):
             self.started = response.started
-        elif response.HasField("finished"):
-            self.finished[choice] = response.finished
-        else:
+        if response.HasField("delta"):
             tokens = self.tokens.setdefault(choice, [])
             for token in response.delta.tokens:
                 assert token.output_index == len(tokens), "a token was lost, repeated or reordered"
                 tokens.append(token.token_id)
             self.text[choice] = self.text.get(choice, "") + response.delta.text
+        if response.HasField("finished"):
+            self.finished[choice] = response.finished

@@ -20,7 +20,7 @@ KEYS = block_keys(key_namespace(CARD.fingerprint, CARD.kv_format.digest(), "", "
 
 
 def event(epoch: int, number: int, **kind: Any) -> kvstore_pb2.WatchBlocksResponse:
-    return kvstore_pb2.WatchBlocksResponse(epoch=epoch, sequence_number=number, **kind)
+    return kvstore_pb2.WatchBlocksResponse(epoch=epoch, sequence_number=number, first_sequence_number=number, **kind)
 
 
 def stored(epoch: int, number: int, keys: list[bytes]) -> kvstore_pb2.WatchBlocksResponse:
