@@ -1,0 +1,131 @@
+"""The whole system with the default model: greedy output equals transformers' generate, token for token.
+
+Prefill and decode run in different processes; `tests/engine/test_default_model.py` shows the same inside one engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+import pytest
+
+from headway.fleet import Fleet, FleetSpec
+from headway.runtime.channels import open_channel
+from headway.v1 import common_pb2, router_pb2, router_pb2_grpc
+from tests.reference import NEW_TOKENS, check_equal, model_folder, prompts, reference
+from tests.support import Outcome, Stub, generate, request, settled
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
+
+APART = router_pb2.PlacementHint(force_apart=True)
+# Of a second turn, so many tokens of the answer belong to the prompt; the rest of it has to come again.
+TURN = 24
+Wanted = list[tuple[list[int], list[float]]]
+
+
+@pytest.fixture(scope="module")
+def wanted() -> Wanted:
+    try:
+        model_folder()
+    except LookupError as error:
+        pytest.skip(str(error))
+    return [reference(prompt) for prompt in prompts()]
+
+
+@pytest.fixture(scope="module")
+def fleet(wanted: Wanted, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(FleetSpec(prefill=1, decode=2), tmp_path_factory.mktemp("fleet")) as fleet:
+        fleet.wait_ready(120)
+        yield fleet
+
+
+@pytest.fixture
+async def stub(fleet: Fleet) -> AsyncIterator[Stub]:
+    async with open_channel(fleet.address) as channel:
+        yield router_pb2_grpc.RouterServiceStub(channel)
+
+
+async def answers(
+    stub: Stub, prompts: Sequence[Sequence[int]], tokens: int = NEW_TOKENS, **fields: object
+) -> list[Outcome]:
+    """All at once, so that they share batches; every one must end well and apart."""
+    fields.setdefault("placement", APART)
+    messages = [request(prompt, tokens, ignore_eos=True, **fields) for prompt in prompts]
+    outs = await asyncio.gather(*(generate(stub, message, timeout=600) for message in messages))
+    for out in outs:
+        assert (out.code, out.details) == (grpc.StatusCode.OK, "")
+        assert out.indexes == list(range(tokens))
+        assert out.finished.prefill_worker.startswith("prefill")
+        assert out.finished.decode_worker.startswith("decode")
+    return outs
+
+
+def check(outs: list[Outcome], wanted: Wanted) -> None:
+    for line in check_equal([out.tokens for out in outs], wanted):
+        print(line)
+
+
+async def test_cold_one_at_a_time(fleet: Fleet, stub: Stub, wanted: Wanted) -> None:
+    for at, prompt in enumerate(prompts()):
+        (out,) = await answers(stub, [prompt], cache_salt="alone")
+        assert out.finished.usage.computed_tokens == len(prompt) - out.finished.usage.cached_tokens
+        check([out], [wanted[at]])
+    await settled(fleet.kvstore_address)
+
+
+async def test_cold_and_batched(stub: Stub, wanted: Wanted) -> None:
+    check(await answers(stub, prompts(), cache_salt="batched"), wanted)
+
+
+async def test_cached_prefix(stub: Stub, wanted: Wanted) -> None:
+    outs = await answers(stub, prompts(), cache_salt="batched")
+    for out, prompt in zip(outs, prompts(), strict=True):
+        assert out.finished.usage.cached_tokens == (len(prompt) - 1) // 16 * 16
+    check(outs, wanted)
+
+
+async def test_second_turn(stub: Stub, wanted: Wanted) -> None:
+    """The first tokens of the answer become prompt; their blocks come from the decode worker."""
+    turns = [[*prompt, *tokens[:TURN]] for prompt, (tokens, _) in zip(prompts(), wanted, strict=True)]
+    outs = await answers(stub, turns, NEW_TOKENS - TURN, cache_salt="batched")
+    for out, turn in zip(outs, turns, strict=True):
+        assert out.finished.usage.cached_tokens == (len(turn) - 1) // 16 * 16
+    check(outs, [(tokens[TURN:], margins[TURN:]) for tokens, margins in wanted])
+
+
+async def test_chunked_and_preempted(wanted: Wanted, tmp_path: Path) -> None:
+    """Small chunks in a slab too small for all: sequences give way and are computed again."""
+    flags = ("--chunk-tokens", "48", "--shared-chunk-tokens", "24", "--growth-tokens", "16")
+    spec = FleetSpec(prefill=1, decode=1, slab_bytes=134 * 737280, worker_flags=(*flags, "--acquire-timeout-s", "500"))
+    with Fleet(spec, tmp_path) as fleet:
+        fleet.wait_ready(120)
+        async with open_channel(fleet.address) as channel:
+            check(await answers(router_pb2_grpc.RouterServiceStub(channel), prompts()), wanted)
+        await settled(fleet.kvstore_address)
+        logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+        assert len(re.findall("event=preempted", logs)) >= 3
+
+
+async def test_sampling_with_a_seed_is_the_same_cold_cached_and_replayed(fleet: Fleet, stub: Stub) -> None:
+    sampling = common_pb2.Sampling(temperature=0.9, top_p=0.95, top_k=50, seed=1234)
+    some = [prompts()[at] for at in (12, 14, 17)]
+    cold = await answers(stub, some, sampling=sampling, cache_salt="seeded")
+    cached = await answers(stub, some, sampling=sampling, cache_salt="seeded")
+    other = await answers(stub, some[:1], sampling=common_pb2.Sampling(temperature=0.9, seed=99), cache_salt="seeded")
+
+    async def kill(tokens: int) -> None:
+        if tokens == 20:
+            fleet.kill("decode-0")
+
+    here = router_pb2.PlacementHint(decode_worker="decode-0", force_apart=True)
+    message = request(some[0], NEW_TOKENS, ignore_eos=True, sampling=sampling, cache_salt="seeded", placement=here)
+    replayed = await generate(stub, message, kill)
+    assert (replayed.code, replayed.finished.replays) == (grpc.StatusCode.OK, 1)
+    assert [out.tokens for out in cached] == [out.tokens for out in cold]
+    assert replayed.tokens == cold[0].tokens
+    assert other[0].tokens != cold[0].tokens
+    await asyncio.to_thread(fleet.restart, "decode-0")
