@@ -1,8 +1,12 @@
-"""What forwards took, as the coefficients that predictions use."""
+"""What forwards took, as the predictor of what the next ones take."""
 
 from __future__ import annotations
 
+from headway.core.predict import Predictor
+
 WEIGHT = 0.2
+# A shorter prompt says more of a forward's fixed cost than of the price of a token.
+LEAST_TOKENS = 64
 
 
 class StepTimes:
@@ -15,10 +19,11 @@ class StepTimes:
         self._prefill_token_s = prefill_token_s
         self._step_s = step_s
         self._measured_prefill = self._measured_step = False
+        self.predictor = self._predictor()
 
     def observe(self, prefill_tokens: int, decoding: int, seconds: float) -> None:
         """One forward of `prefill_tokens` prompt tokens and `decoding` decode steps took `seconds`."""
-        if prefill_tokens and not decoding:
+        if prefill_tokens >= LEAST_TOKENS and not decoding:
             weight = WEIGHT if self._measured_prefill else 1.0
             self._prefill_token_s += weight * (seconds / prefill_tokens - self._prefill_token_s)
             self._measured_prefill = True
@@ -26,17 +31,10 @@ class StepTimes:
             weight = WEIGHT if self._measured_step else 1.0
             self._step_s += weight * (seconds - self._step_s)
             self._measured_step = True
+        else:
+            return
+        self.predictor = self._predictor()
 
-    def prefill_seconds(self, new: int, cached: int) -> float:
-        """Predicted seconds to compute `new` tokens; linear in new, so `cached` does not count yet."""
-        return self._prefill_token_s * new
-
-    @property
-    def prefill_coefficients(self) -> tuple[float, float, float]:
-        """a, b, c of a + b·new + c·new·(cached + new/2)."""
-        return (0.0, self._prefill_token_s, 0.0)
-
-    @property
-    def step_coefficients(self) -> tuple[float, float, float]:
-        """a, b, c of a + b·batch + c·kv tokens."""
-        return (self._step_s, 0.0, 0.0)
+    def _predictor(self) -> Predictor:
+        """Linear in new tokens, constant in the batch."""
+        return Predictor((0.0, self._prefill_token_s, 0.0), (self._step_s, 0.0, 0.0))

@@ -91,6 +91,6 @@ class Announcer:
             kv_tokens=sum(sequence.computed for sequence in running),
             free_slots=slab.free_slots if slab else 0,
             total_slots=slab.total_slots if slab else 0,
-            prefill_coefficients=loop.times.prefill_coefficients,
-            step_coefficients=loop.times.step_coefficients,
+            prefill_coefficients=loop.times.predictor.prefill,
+            step_coefficients=loop.times.predictor.step,
         )

@@ -24,8 +24,9 @@ class WorkerConfig:
     engine: str = option("auto", "auto: transformers; sim: simulated engine", choices=("auto", "sim"))
     threads: int = option(0, "compute threads; 0: all cores")
     max_batch: int = option(64, "sequences in one forward")
-    chunk_tokens: int = option(512, "tokens in one forward")
-    shared_chunk_tokens: int = option(64, "prompt tokens in one forward while other sequences decode")
+    chunk_tokens: int = option(8192, "prompt tokens in one forward, at most")
+    chunk_s: float = option(0.5, "seconds that a forward of prompts may take")
+    shared_chunk_s: float = option(0.1, "seconds that prompts may add to a forward in which other sequences decode")
     growth_tokens: int = option(128, "tokens of slots reserved for the answer before its first token")
     acquire_timeout_s: float = option(30.0, "how long a request may wait for slots")
     drain_s: float = option(30.0, "how long running sequences may go on after SIGTERM")
@@ -41,13 +42,13 @@ class WorkerConfig:
         for name in ("sim_prefill", "sim_step"):
             if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 0:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be three numbers of at least 0")
-        for name in ("max_batch", "chunk_tokens", "shared_chunk_tokens", "growth_tokens"):
+        for name in ("max_batch", "chunk_tokens", "growth_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def limits(self) -> StepLimits:
-        return StepLimits(self.max_batch, self.chunk_tokens, self.shared_chunk_tokens)
+        return StepLimits(self.max_batch, self.chunk_tokens, self.chunk_s, self.shared_chunk_s)
 
     @property
     def name(self) -> str:

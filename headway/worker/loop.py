@@ -170,7 +170,7 @@ class EngineLoop:
 
     def _plan(self) -> list[Work]:
         ready = [active.sequence for active in self._actives.values() if active.runnable]
-        work = plan_step(ready, self._limits, self.times.prefill_seconds)
+        work = plan_step(ready, self._limits, self.times.predictor)
         kept: list[Work] = []
         for item in work:
             active = self._actives[item.sequence]

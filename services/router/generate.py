@@ -42,6 +42,8 @@ async def generate(
             # 2. Prefill leases slots and cached blocks, 3. computes the rest in chunks; decode is told to expect it.
             choices[0].start()
             job.route_s = time.monotonic() - received
+            # The workers' streams first: prefill goes before politeness.
+            await asyncio.sleep(0)
             await send(_started(request_id, job))
             live, held_back = choices[:1], choices[1:]
             while live:

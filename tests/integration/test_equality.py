@@ -99,7 +99,7 @@ async def test_second_turn(stub: Stub, wanted: Wanted) -> None:
 
 async def test_chunked_and_preempted(wanted: Wanted, tmp_path: Path) -> None:
     """Small chunks in a slab too small for all: sequences give way and are computed again."""
-    flags = ("--chunk-tokens", "48", "--shared-chunk-tokens", "24", "--growth-tokens", "16")
+    flags = ("--chunk-tokens", "48", "--growth-tokens", "16")
     spec = FleetSpec(prefill=1, decode=1, slab_bytes=134 * 737280, worker_flags=(*flags, "--acquire-timeout-s", "500"))
     with Fleet(spec, tmp_path) as fleet:
         fleet.wait_ready(120)

@@ -74,7 +74,7 @@ class Bench:
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
-    bench = Bench(StepLimits(8, 64, 32))
+    bench = Bench(StepLimits(8, 64))
     task = asyncio.create_task(bench.loop.run())
     yield bench
     bench.engine.gate.release(1000)
