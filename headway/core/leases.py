@@ -78,10 +78,10 @@ class Lease:
     arrival_s: float
     slots: list[int]
     blocks: list[Block]
+    request: tuple[str, int] = ("", 0)
     holders: set[str] = field(default_factory=set)
     suspended: set[str] = field(default_factory=set)
     losers: dict[str, list[int]] = field(default_factory=dict)
-    handed_off: bool = False
     # Until when a lease without holder waits for its joiner; None when it does not.
     held_until_s: float | None = None
     reclaiming: bool = False

@@ -33,7 +33,16 @@ class Reclaim:
     lease_id: int
 
 
-Instruction = Reply | Reclaim
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Tell the session that it holds the lease now, by handoff; `request` is (sequence id, attempt)."""
+
+    session: str
+    request: tuple[str, int]
+    granted: Granted
+
+
+Instruction = Reply | Reclaim | Offer
 UNKNOWN = Refused(Problem.UNKNOWN, "this lease is unknown here: it ended, or the kvstore restarted; start over")
 
 
@@ -137,7 +146,15 @@ class Store:
             self.cache.hold(block)
         slots = [block.slot for block in found] + self._take(waiter.blocks - len(found))
         lease = Lease(
-            waiter.number, waiter.session, waiter.joiner, waiter.keys, waiter.tokens, waiter.arrival_s, slots, found
+            waiter.number,
+            waiter.session,
+            waiter.joiner,
+            waiter.keys,
+            waiter.tokens,
+            waiter.arrival_s,
+            slots,
+            found,
+            waiter.request,
         )
         lease.holders.add(waiter.session)
         self.leases[lease.lease_id] = lease
@@ -246,7 +263,7 @@ class Store:
     def join(self, session: str, worker_id: str, lease_id: int) -> Result:
         """The expected joiner becomes a holder."""
         lease = self.leases.get(lease_id)
-        if lease is None or not lease.live:
+        if lease is None or (not lease.live and lease.suspended):
             return UNKNOWN
         if lease.joiner != worker_id:
             return Refused(Problem.NOT_YOURS, f"lease {lease_id} expects {lease.joiner or 'nobody'}, not {worker_id}")
@@ -256,13 +273,16 @@ class Store:
             self._out.append(Reclaim(session, lease_id))
         return Granted(lease_id, list(lease.slots), len(lease.blocks) * self._block)
 
-    def hand_off(self, session: str, lease_id: int, now_s: float) -> Result:
-        """The holder is done; without another holder the lease waits for its joiner, for a bounded time."""
+    def hand_off(self, session: str, lease_id: int, now_s: float, joiner_session: str | None = None) -> Result:
+        """The holder is done; the lease passes to its joiner's session, or waits for one for a bounded time."""
         lease = self._of(session, lease_id)
         if isinstance(lease, Refused):
             return lease
         lease.holders.discard(session)
-        lease.handed_off = True
+        if joiner_session is not None and not lease.holders:
+            granted = self.join(joiner_session, lease.joiner, lease_id)
+            if isinstance(granted, Granted):
+                self._out.append(Offer(joiner_session, lease.request, granted))
         if not lease.holders:
             lease.held_until_s = now_s + self._hold_s
             if lease.reclaiming:

@@ -303,7 +303,9 @@ Global___JoinLease: _TypeAlias = JoinLease  # noqa: Y015
 
 @_typing.final
 class HandOffLease(_message.Message):
-    """Prefill is done with the lease; it waits, for a bounded time, for its joiner. The partial tail block goes along."""
+    """Prefill is done with the lease: it passes to its joiner, who gets it pushed (LeaseGranted, operation 0), or, while the
+    joiner is not attached, waits for it for a bounded time. The partial tail block goes along.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -489,7 +491,7 @@ class AttachReply(_message.Message):
     RECLAIM_FIELD_NUMBER: _builtins.int
     REFRESHED_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.int
-    """0: not an answer but a push (reclaim)."""
+    """0: not an answer but a push (reclaim, or a lease granted by handoff)."""
     @_builtins.property
     def granted(self) -> Global___LeaseGranted: ...
     @_builtins.property
@@ -535,9 +537,14 @@ class LeaseGranted(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     cached_tokens: _builtins.int
     """Leading tokens whose K and V are in the slab."""
+    sequence_id: _builtins.str
+    """In a push to the joiner: whose lease it is."""
+    attempt: _builtins.int
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Block table: one slot a block, reserve included."""
@@ -548,10 +555,12 @@ class LeaseGranted(_message.Message):
         lease_id: _builtins.int = ...,
         slots: _abc.Iterable[_builtins.int] | None = ...,
         cached_tokens: _builtins.int = ...,
+        sequence_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "lease_id", b"lease_id", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_tokens", b"cached_tokens", "lease_id", b"lease_id", "sequence_id", b"sequence_id", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

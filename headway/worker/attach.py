@@ -55,6 +55,7 @@ class Attachment:
     on_attached(slab): the slab is mapped, operations may be submitted.
     on_lost(): awaited before the next try; returns only when nothing writes to the slab any more.
     on_reclaim(lease_id): the store wants these slots back.
+    on_offer(granted): a lease passed to this worker by handoff.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Attachment:
         on_attached: Callable[[Slab], None],
         on_lost: Callable[[], Awaitable[None]],
         on_reclaim: Callable[[int], None],
+        on_offer: Callable[[kvstore_pb2.LeaseGranted], None],
     ) -> None:
         self._address = address
         self._hello = kvstore_pb2.AttachHello(
@@ -74,7 +76,8 @@ class Attachment:
             kv_format=kv_format_to_proto(card.kv_format),
             incarnation=uuid.uuid4().hex,
         )
-        self._on_attached, self._on_lost, self._on_reclaim = on_attached, on_lost, on_reclaim
+        self._on_attached, self._on_lost = on_attached, on_lost
+        self._on_reclaim, self._on_offer = on_reclaim, on_offer
         self._session: _Session | None = None
         self._last_id = 0
         self.slab: Slab | None = None
@@ -144,7 +147,9 @@ class Attachment:
         if self.slab is not None:
             self.slab.free_slots = replies.free_slots
         for reply in replies.replies:
-            if reply.operation_id == 0:
+            if reply.operation_id == 0 and reply.HasField("granted"):
+                self._on_offer(reply.granted)
+            elif reply.operation_id == 0:
                 self._on_reclaim(reply.reclaim.lease_id)
             elif on_reply := session.waiting.pop(reply.operation_id, None):
                 on_reply(reply)

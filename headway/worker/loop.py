@@ -29,6 +29,8 @@ from headway.worker.convert import failure
 log = logging.getLogger(__name__)
 
 HANDED_OFF_KEPT = 4096
+# How long a lease that passed to this worker waits for the router's Begin.
+OFFER_S = 10.0
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 Result = Drawn | None | Exception
 
@@ -55,6 +57,8 @@ class EngineLoop:
         self._leases: dict[int, Active] = {}
         # Leases given to a joiner: a cancel may still have to release them.
         self._handed_off: OrderedDict[tuple[str, int], int] = OrderedDict()
+        # Leases that passed to this worker before the router's Begin came.
+        self._offers: dict[tuple[str, int], kvstore_pb2.LeaseGranted] = {}
         self._wake = asyncio.Event()
         self._between_steps = asyncio.Event()
         self._between_steps.set()
@@ -82,6 +86,7 @@ class EngineLoop:
         for active in list(self._actives.values()):
             self._fail(active, failure(UNAVAILABLE, "the kvstore of this node went away", retryable=True))
         self._handed_off.clear()
+        self._offers.clear()
         self._engine.unbind()
 
     def reclaim(self, lease_id: int) -> None:
@@ -115,18 +120,32 @@ class EngineLoop:
             return active
 
         def joined(reply: kvstore_pb2.AttachReply) -> None:
-            if failed(reply) is not None:
-                if active.phase is not Phase.ENDED:
-                    sequence.restart()
-                    self._acquire(active)
-                return
-            sequence.computed = len(sequence.tokens) - 1
-            sequence.given = sequence.computed
-            sequence.sealed = sequence.computed // self._block
-            self._granted(active, reply.granted)
+            if failed(reply) is None:
+                self._joined(active, reply.granted)
+            elif active.phase is not Phase.ENDED:
+                sequence.restart()
+                self._acquire(active)
 
-        self._submit(operations.join(lease_id, epoch), joined)
+        offer = self._offers.pop((sequence.sequence_id, sequence.attempt), None)
+        if offer is not None and offer.lease_id == lease_id:
+            self._joined(active, offer)
+        else:
+            self._submit(operations.join(lease_id, epoch), joined)
         return active
+
+    def offer(self, granted: kvstore_pb2.LeaseGranted) -> None:
+        """A lease passed to this worker; the router's Begin, or a cancel, follows, or came already."""
+        key = (granted.sequence_id, granted.attempt)
+        if granted.lease_id in self._leases:
+            return
+        self._offers[key] = granted
+        asyncio.get_running_loop().call_later(OFFER_S, self._decline, key, granted.lease_id)
+
+    def _decline(self, key: tuple[str, int], lease_id: int) -> None:
+        offer = self._offers.get(key)
+        if offer is not None and offer.lease_id == lease_id:
+            del self._offers[key]
+            self._submit(operations.release(lease_id))
 
     def cancel(self, active: Active) -> None:
         """Stop the sequence and free what it holds; nothing is told to its sink."""
@@ -136,10 +155,13 @@ class EngineLoop:
             self._end(active)
 
     def release_handed_off(self, sequence_id: str, attempt: int) -> None:
-        """The request ended between first token and join: end the hold on its lease."""
-        lease_id = self._handed_off.pop((sequence_id, attempt), None)
+        """The request ended between first token and join: end the hold on its lease, at either end of the handoff."""
+        key = (sequence_id, attempt)
+        lease_id = self._handed_off.pop(key, None)
         if lease_id is not None:
             self._submit(operations.release(lease_id))
+        if key in self._offers:
+            self._decline(key, self._offers[key].lease_id)
 
     # ------------------------------------------------------------------ load
 
@@ -279,6 +301,14 @@ class EngineLoop:
 
         operation = operations.acquire(active.sequence, active.joiner, self._growth_tokens, self._acquire_timeout_s)
         self._submit(operation, acquired)
+
+    def _joined(self, active: Active, granted: kvstore_pb2.LeaseGranted) -> None:
+        sequence = active.sequence
+        sequence.computed = len(sequence.tokens) - 1
+        sequence.given = sequence.computed
+        sequence.sealed = sequence.computed // self._block
+        self._offers.pop((sequence.sequence_id, sequence.attempt), None)
+        self._granted(active, granted)
 
     def _granted(self, active: Active, granted: kvstore_pb2.LeaseGranted) -> None:
         if active.phase is Phase.ENDED:

@@ -85,6 +85,7 @@ async def run_worker(
         on_attached=loop.attached,
         on_lost=loop.lost,
         on_reclaim=loop.reclaim,
+        on_offer=loop.offer,
     )
     loop.use(attachment)
     await server.set_serving(True)

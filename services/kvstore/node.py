@@ -16,7 +16,7 @@ from headway.core.audit import check_integrity
 from headway.core.keys import split_keys
 from headway.core.leases import Problem, Refused, Result
 from headway.core.model import KvFormat
-from headway.core.store import Reclaim, Store
+from headway.core.store import Offer, Reclaim, Store
 from headway.runtime.errors import HeadwayError
 from headway.slab.host import HostSegment, slot_stride
 from headway.v1 import kvstore_pb2 as pb
@@ -179,10 +179,20 @@ class Node:
         if kind == "refresh":
             return store.refresh(key, operation.refresh.lease_id, operation.refresh.from_token)
         if kind == "hand_off":
-            return store.hand_off(key, operation.hand_off.lease_id, now)
+            lease = store.leases.get(operation.hand_off.lease_id)
+            return store.hand_off(
+                key, operation.hand_off.lease_id, now, self._session_of(lease.joiner if lease else "")
+            )
         if kind == "cancel_acquire":
             cancel = operation.cancel_acquire
             store.cancel_acquire(key, (cancel.sequence_id, cancel.attempt))
+        return None
+
+    def _session_of(self, worker_id: str) -> str | None:
+        """The session of an attached worker."""
+        for session in self.sessions.values():
+            if session.worker_id == worker_id and session.connected and session.pidfd is not None:
+                return session.key
         return None
 
     def _acquire(self, session: Session, operation_id: int, acquire: pb.AcquireLease, now: float) -> Result | None:
@@ -207,6 +217,10 @@ class Node:
             if isinstance(instruction, Reclaim):
                 reclaim = pb.ReclaimLease(lease_id=instruction.lease_id)
                 session.put(pb.AttachReply(reclaim=reclaim))
+            elif isinstance(instruction, Offer):
+                offer = reply_of("", 0, instruction.granted)
+                offer.granted.sequence_id, offer.granted.attempt = instruction.request
+                session.put(offer)
             else:
                 session.put(reply_of("", instruction.operation_id, instruction.result))
         if self.store.events.last != self._announced:
