@@ -16,6 +16,7 @@ from headway.core.step import StepLimits
 from headway.engine.contract import Chunk, Draw, Drawn
 from headway.engine.simulated import SimulatedEngine, expected_tokens, simulated_card
 from headway.v1 import common_pb2
+from headway.v1 import kvstore_pb2 as pb
 from headway.worker.active import Active
 from headway.worker.loop import EngineLoop
 from tests.worker.store import LittleStore
@@ -125,6 +126,46 @@ async def test_prefill_hands_over_and_decode_goes_on_in_the_same_slots(bench: Be
     assert bench.store.sealed == block_keys(b"n", (prompt + expected(prompt, 40))[:-1], 16)
     assert not bench.store.leases
     assert len(bench.store.free) == 64
+
+
+async def handed_off(bench: Bench, prompt: list[int]) -> tuple[Heard, pb.LeaseGranted]:
+    """Prefill `prompt` for a joiner; what it was told, and what the store would push to the joiner."""
+    first = Heard()
+    bench.loop.start(sequence(prompt), first, joiner="decode-0")
+    await until_over(first)
+    slots = bench.store.leases[first.lease_id]
+    granted = pb.LeaseGranted(lease_id=first.lease_id, slots=slots, sequence_id="s" + str(prompt[0]))
+    return first, granted
+
+
+async def test_a_lease_that_was_pushed_needs_no_join(bench: Bench) -> None:
+    prompt, rest = list(range(7, 50)), Heard()
+    first, granted = await handed_off(bench, prompt)
+    bench.loop.offer(granted)
+    joined = sequence(prompt)
+    joined.tokens.append(first.tokens[0])
+    bench.loop.join(joined, rest, lease_id=first.lease_id, epoch=1)
+    await until_over(rest)
+    assert first.tokens + rest.tokens == expected(prompt, 40)
+    await asyncio.sleep(0.01)
+    assert "join" not in bench.store.operations
+    assert not bench.store.leases
+
+
+async def test_a_pushed_lease_is_released_when_its_request_is_cancelled(bench: Bench) -> None:
+    _, granted = await handed_off(bench, list(range(7, 50)))
+    bench.loop.offer(granted)
+    bench.loop.release_handed_off("s7", 0)
+    await asyncio.sleep(0.01)
+    assert not bench.store.leases
+
+
+async def test_a_pushed_lease_that_nobody_begins_is_released(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headway.worker.loop.OFFER_S", 0.02)
+    _, granted = await handed_off(bench, list(range(7, 50)))
+    bench.loop.offer(granted)
+    await asyncio.sleep(0.05)
+    assert not bench.store.leases
 
 
 async def test_a_join_whose_lease_is_gone_recomputes(bench: Bench) -> None:
