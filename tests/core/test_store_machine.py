@@ -1,0 +1,259 @@
+"""Any interleaving of operations keeps the accounting whole, and nobody's slots are given to anybody else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from headway.core.audit import check_integrity
+from headway.core.keys import block_keys
+from headway.core.leases import Added, Changed, Granted, Result
+from headway.core.store import Offer, Reclaim, Reply, Store
+
+BLOCK = 4
+SLOTS = 12
+SESSIONS = ("p", "q", "d")
+# Few distinct contents, so that prefixes and duplicates are common.
+PROMPTS = [[seed] * length for seed in (1, 2) for length in (3, 9, 17, 26)] + [[1] * 8 + [2] * 9]
+
+
+@dataclass
+class Held:
+    """A lease as its worker knows it: table, and what it may still write (unsealed, or lost and not acknowledged)."""
+
+    session: str
+    lease_id: int
+    prompt: list[int]
+    slots: list[int]
+    sealed: int
+    losers: list[int] = field(default_factory=list)
+
+    def writable(self) -> set[int]:
+        return {*self.slots[self.sealed :], *self.losers}
+
+
+class StoreMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = Store(SLOTS, BLOCK, handoff_hold_s=5.0)
+        self.now = 0.0
+        self.last = 0
+        self.held: dict[tuple[str, int], Held] = {}
+        # What sessions whose stream broke may still be writing.
+        self.ghosts: dict[str, set[int]] = {}
+        self.asked: dict[int, tuple[str, list[int]]] = {}
+        self.extending: dict[int, tuple[str, int]] = {}
+        self.known: set[bytes] = set()
+        self.seen = 0
+
+    # ------------------------------------------------------------------ what the store says
+
+    def take(self, session: str, operation_id: int, result: Result | None) -> None:
+        if isinstance(result, Granted):
+            prompt = self.asked.pop(operation_id)[1]
+            held = Held(session, result.lease_id, prompt, list(result.slots), result.cached_tokens // BLOCK)
+            self.held[session, result.lease_id] = held
+        elif isinstance(result, Added):
+            key = self.extending.pop(operation_id)
+            self.held[key].slots += result.slots
+        elif result is not None:
+            self.asked.pop(operation_id, None)
+            self.extending.pop(operation_id, None)
+
+    def listen(self) -> None:
+        """Obey what the store sends: replies, reclaims, leases passed by handoff."""
+        while instructions := self.store.instructions():
+            for item in instructions:
+                if isinstance(item, Reply):
+                    self.take(item.session, item.operation_id, item.result)
+                elif isinstance(item, Offer):
+                    prompt = PROMPTS[item.request[1]]
+                    sealed = item.granted.cached_tokens // BLOCK
+                    held = Held(item.session, item.granted.lease_id, prompt, list(item.granted.slots), sealed)
+                    self.held[item.session, item.granted.lease_id] = held
+                elif isinstance(item, Reclaim) and (item.session, item.lease_id) in self.held:
+                    self.drop(item.session, item.lease_id)
+
+    def drop(self, session: str, lease_id: int) -> None:
+        del self.held[session, lease_id]
+        self.extending = {op: key for op, key in self.extending.items() if key != (session, lease_id)}
+        self.store.release(session, lease_id)
+
+    def pick(self, data: st.DataObject) -> Held:
+        return self.held[data.draw(st.sampled_from(sorted(self.held)))]
+
+    # ------------------------------------------------------------------ what workers do
+
+    @rule(session=st.sampled_from(SESSIONS), prompt=st.integers(0, len(PROMPTS) - 1), growth=st.integers(0, 9))
+    def acquire(self, session: str, prompt: int, growth: int) -> None:
+        if session in self.ghosts:
+            return
+        self.last += 1
+        tokens = PROMPTS[prompt]
+        self.asked[self.last] = (session, tokens)
+        result = self.store.acquire(
+            session,
+            self.last,
+            keys=block_keys(b"n", tokens, BLOCK),
+            tokens=len(tokens),
+            growth=growth,
+            arrival_s=float(self.last % 7),
+            deadline_s=self.now + 20,
+            joiner="decode",
+            request=("r", prompt),
+        )
+        self.take(session, self.last, result)
+        self.listen()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def seal(self, data: st.DataObject) -> None:
+        held = self.pick(data)
+        keys = block_keys(b"n", held.prompt, BLOCK)
+        if held.sealed >= len(keys):
+            return
+        count = data.draw(st.integers(1, len(keys) - held.sealed))
+        parent = keys[held.sealed - 1] if held.sealed else b""
+        held.losers = []
+        result = self.store.seal(
+            held.session, held.lease_id, first=held.sealed, keys=keys[held.sealed : held.sealed + count], parent=parent
+        )
+        assert isinstance(result, Changed)
+        self.change(held, result)
+        assert held.sealed == result.cached_tokens // BLOCK
+        self.listen()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def refresh(self, data: st.DataObject) -> None:
+        held = self.pick(data)
+        held.losers = []
+        result = self.store.refresh(held.session, held.lease_id, held.sealed * BLOCK)
+        if isinstance(result, Changed):
+            self.change(held, result)
+        self.listen()
+
+    def change(self, held: Held, changed: Changed) -> None:
+        for block, slot in changed.changes:
+            held.losers.append(held.slots[block])
+            held.slots[block] = slot
+        held.sealed = changed.cached_tokens // BLOCK
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def extend(self, data: st.DataObject) -> None:
+        held = self.pick(data)
+        if (held.session, held.lease_id) in self.extending.values():
+            return
+        self.last += 1
+        held.losers = []
+        self.extending[self.last] = (held.session, held.lease_id)
+        result = self.store.extend(held.session, self.last, held.lease_id, blocks=1, deadline_s=self.now + 20)
+        self.take(held.session, self.last, result)
+        self.listen()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), attached=st.booleans())
+    def hand_off(self, data: st.DataObject, attached: bool) -> None:
+        held = self.pick(data)
+        if held.session == "d" or (held.session, held.lease_id) in self.extending.values():
+            return
+        del self.held[held.session, held.lease_id]
+        joiner = "d" if attached and "d" not in self.ghosts else None
+        self.store.hand_off(held.session, held.lease_id, self.now, joiner)
+        self.listen()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        held = self.pick(data)
+        self.drop(held.session, held.lease_id)
+        self.listen()
+
+    @rule(session=st.sampled_from(SESSIONS))
+    def suspend(self, session: str) -> None:
+        if session in self.ghosts:
+            return
+        mine = [held for held in self.held.values() if held.session == session]
+        self.ghosts[session] = set().union(*(held.writable() for held in mine))
+        self.held = {key: held for key, held in self.held.items() if held.session != session}
+        self.asked = {op: asked for op, asked in self.asked.items() if asked[0] != session}
+        self.extending = {op: key for op, key in self.extending.items() if key[0] != session}
+        self.store.suspend(session)
+        self.listen()
+
+    @precondition(lambda self: self.ghosts)
+    @rule(data=st.data())
+    def resolve(self, data: st.DataObject) -> None:
+        session = data.draw(st.sampled_from(sorted(self.ghosts)))
+        del self.ghosts[session]
+        self.store.resolve(session)
+        self.listen()
+
+    @rule(seconds=st.sampled_from([1.0, 6.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.store.tick(self.now)
+        self.listen()
+
+    # ------------------------------------------------------------------ what must hold
+
+    @invariant()
+    def accounting_is_whole(self) -> None:
+        assert check_integrity(self.store) == []
+
+    @invariant()
+    def nobody_writes_into_what_is_not_theirs(self) -> None:
+        writers: dict[int, str] = {}
+        claims = [(f"{h.session}/{h.lease_id}", h.writable()) for h in self.held.values()]
+        claims += [(f"ghost {session}", slots) for session, slots in self.ghosts.items()]
+        for name, slots in claims:
+            for slot in slots:
+                assert slot not in writers, f"slot {slot} belongs to {name} and {writers[slot]}"
+                writers[slot] = name
+        assert not self.store.pool.free_slots() & set(writers)
+        assert not {block.slot for block in self.store.cache} & set(writers)
+
+    @invariant()
+    def events_tell_what_is_cached_parents_first(self) -> None:
+        parents = {block.key: block.parent for block in self.store.cache}
+        for event in self.store.events.since(self.seen) or []:
+            for key in event.keys:
+                assert (key in self.known) == event.removed
+                self.known.symmetric_difference_update([key])
+        self.seen = self.store.events.last
+        assert self.known == set(parents)
+        assert all(parent is None or parent.key in self.known for parent in parents.values())
+
+    @invariant()
+    def the_oldest_waiter_does_not_wait_for_nothing(self) -> None:
+        """All sessions obey reclaims: whoever waits, waits for older leases or for what is quarantined."""
+        if self.store.waiters and not self.ghosts:
+            waiter = self.store.waiters[0]
+            younger = [lease for lease in self.store.leases.values() if lease.live and lease.age > waiter.age]
+            assert not younger or any(lease.reclaiming for lease in younger)
+
+    def teardown(self) -> None:
+        """When everybody lets go, everything comes back and everybody who waits is served."""
+        for session in list(self.ghosts):
+            self.store.resolve(session)
+        self.ghosts.clear()
+        self.listen()
+        for _ in range(200):
+            self.now += 6.0
+            self.store.tick(self.now)
+            self.listen()
+            for session, lease_id in list(self.held):
+                if (session, lease_id) in self.held:
+                    self.drop(session, lease_id)
+                    self.listen()
+        assert not self.store.waiters
+        assert not self.store.leases
+        assert check_integrity(self.store) == []
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
