@@ -370,19 +370,18 @@ Global___ReleaseLease: _TypeAlias = ReleaseLease  # noqa: Y015
 
 @_typing.final
 class RenewLeases(_message.Message):
+    """All leases of this worker, every half second: a worker that is silent for longer than the store allows is taken for
+    hung, and its leases are suspended.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    LEASE_IDS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
-        *,
-        lease_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ids", b"lease_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

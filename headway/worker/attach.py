@@ -24,11 +24,13 @@ from headway.runtime.errors import HeadwayError
 from headway.slab.descriptor import fetch_descriptor
 from headway.slab.host import map_descriptor
 from headway.v1 import common_pb2, kvstore_pb2, kvstore_pb2_grpc
+from headway.worker import operations
 
 log = logging.getLogger(__name__)
 
 OnReply = Callable[[kvstore_pb2.AttachReply], None]
 RECONNECT_S = 0.2
+RENEW_S = 0.5
 
 
 @dataclass(slots=True)
@@ -109,6 +111,7 @@ class Attachment:
 
     async def _attach_once(self) -> None:
         session = _Session()
+        renewing = asyncio.create_task(self._renew())
         async with open_channel(self._address) as channel:
             call = kvstore_pb2_grpc.KvStoreServiceStub(channel).Attach(self._requests(session))
             try:
@@ -118,11 +121,18 @@ class Attachment:
                     else:
                         self._answer(session, response.replies)
             finally:
+                renewing.cancel()
                 call.cancel()
                 if self._session is not None:
                     self._session = None
                     await self._on_lost()
                     self.slab = None
+
+    async def _renew(self) -> None:
+        """Say that this worker lives, as long as it does."""
+        while True:
+            await asyncio.sleep(RENEW_S)
+            self.submit(operations.renew())
 
     async def _requests(self, session: _Session) -> AsyncIterator[kvstore_pb2.AttachRequest]:
         yield kvstore_pb2.AttachRequest(hello=self._hello)

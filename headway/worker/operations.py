@@ -51,5 +51,9 @@ def extend(lease_id: int, blocks: int, timeout_s: float) -> Operation:
     return Operation(extend=pb.ExtendLease(lease_id=lease_id, blocks=blocks, timeout_s=timeout_s))
 
 
+def renew() -> Operation:
+    return Operation(renew=pb.RenewLeases())
+
+
 def release(lease_id: int) -> Operation:
     return Operation(release=pb.ReleaseLease(lease_id=lease_id))

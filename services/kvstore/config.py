@@ -20,6 +20,7 @@ class KvStoreConfig:
     slab_name: str = option("headway", "name of the segment under /dev/shm, unique on this host")
     run_dir: str = option("/tmp", "folder for the unix socket that hands out the slab's descriptor")
     handoff_hold_s: float = option(10.0, "how long a lease waits for its decode worker after prefill")
+    worker_silence_s: float = option(3.0, "after how long without a sign of life a worker's leases are suspended")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:

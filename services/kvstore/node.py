@@ -39,6 +39,7 @@ class Session:
         self.key = key
         self.worker_id = worker_id
         self.connected = True
+        self.heard_s = time.monotonic()
         self.pidfd: int | None = None
         self.secret = secrets.token_bytes(32)
         self.replies: list[pb.AttachReply] = []
@@ -49,6 +50,11 @@ class Session:
         if self.connected and len(self.replies) < MAX_REPLIES:
             self.replies.append(reply)
             self.wake.set()
+
+    def hang_up(self) -> None:
+        """End the stream from this side."""
+        self.connected = False
+        self.wake.set()
 
     @property
     def dead(self) -> bool:
@@ -147,6 +153,7 @@ class Node:
 
     def handle(self, session: Session, operations: pb.AttachOperations) -> None:
         """Run operations in order; results that do not have to wait are answered in one message."""
+        session.heard_s = time.monotonic()
         for operation in operations.operations:
             kind = operation.WhichOneof("operation") or ""
             try:
@@ -232,8 +239,13 @@ class Node:
         """Let time pass for the store; recount it when nothing is leased."""
         while True:
             await asyncio.sleep(TICK_S)
-            self.store.tick(time.monotonic())
+            now = time.monotonic()
+            self.store.tick(now)
             self.settle()
+            for session in self.sessions.values():
+                if session.connected and now - session.heard_s > self.config.worker_silence_s:
+                    log.warning("worker=%s event=silent", session.worker_id)
+                    session.hang_up()
             store = self.store
             if not store.leases and self._audited != store.events.last and store.pool.total <= AUDIT_SLOTS:
                 self._audited = store.events.last

@@ -73,8 +73,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         except Exception:
             log.exception("worker=%s event=attach_failed", session.worker_id)
         finally:
-            session.connected = False
-            session.wake.set()
+            session.hang_up()
 
     def _welcome(self, session: Session) -> pb.AttachWelcome:
         node = self._node

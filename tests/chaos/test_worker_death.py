@@ -104,7 +104,8 @@ async def test_a_request_that_kills_every_worker_ends_with_internal(tmp_path: Pa
         fleet.wait_ready(60)
         async with open_channel(fleet.address) as channel:
             stub = router_pb2_grpc.RouterServiceStub(channel)
-            out = await generate(stub, request([1, 2, 255, 4]))
+            apart = router_pb2.PlacementHint(force_apart=True)
+            out = await generate(stub, request([1, 2, 255, 4], placement=apart))
             assert out.code == grpc.StatusCode.INTERNAL
             alive = [name for name in fleet.names if fleet.alive(name)]
             assert len([name for name in alive if name.startswith("prefill")]) == 1
