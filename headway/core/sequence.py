@@ -40,6 +40,8 @@ class Sequence:
     top_logprobs: int | None = None
     priority: int = 0
     choice: int = 0
+    # Seconds from its receipt here after which it ends by itself; None for never.
+    deadline_s: float | None = None
     computed: int = 0
     sealed: int = 0
     # Of what this worker had to have before its first token: what the prefix cache saved.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -48,6 +49,7 @@ class Active:
     joiner: str = ""
     # Came by handoff: its prompt was computed elsewhere.
     joined: bool = False
+    expiry: asyncio.TimerHandle | None = None
     phase: Phase = Phase.ACQUIRING
     lease_id: int = 0
     slots: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))

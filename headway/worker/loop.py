@@ -103,8 +103,7 @@ class EngineLoop:
 
     def start(self, sequence: Sequence, sink: Sink, *, joiner: str = "") -> Active:
         """Compute the sequence from what the cache has; with a joiner, only up to its first token."""
-        active = Active(sequence, sink, time.monotonic(), joiner)
-        self._actives[sequence] = active
+        active = self._watch(Active(sequence, sink, time.monotonic(), joiner))
         if self.slab is None:
             self._fail(active, failure(UNAVAILABLE, "this worker is not attached to its kvstore", retryable=True))
         else:
@@ -113,8 +112,7 @@ class EngineLoop:
 
     def join(self, sequence: Sequence, sink: Sink, *, lease_id: int, epoch: int) -> Active:
         """Go on where prefill stopped: all tokens but the last are computed. Recomputes when the lease is gone."""
-        active = Active(sequence, sink, time.monotonic(), joined=True)
-        self._actives[sequence] = active
+        active = self._watch(Active(sequence, sink, time.monotonic(), joined=True))
         if self.slab is None:
             self._fail(active, failure(UNAVAILABLE, "this worker is not attached to its kvstore", retryable=True))
             return active
@@ -132,6 +130,18 @@ class EngineLoop:
         else:
             self._submit(operations.join(lease_id, epoch), joined)
         return active
+
+    def _watch(self, active: Active) -> Active:
+        self._actives[active.sequence] = active
+        if active.sequence.deadline_s is not None:
+            loop = asyncio.get_running_loop()
+            active.expiry = loop.call_later(active.sequence.deadline_s, self._expire, active)
+        return active
+
+    def _expire(self, active: Active) -> None:
+        message = f"the sequence took longer than its deadline of {active.sequence.deadline_s:g} s"
+        active.sink.failed(active, failure(grpc.StatusCode.DEADLINE_EXCEEDED, message, retryable=False))
+        self.cancel(active)
 
     def offer(self, granted: kvstore_pb2.LeaseGranted) -> None:
         """A lease passed to this worker; the router's Begin, or a cancel, follows, or came already."""
@@ -435,6 +445,8 @@ class EngineLoop:
 
     def _forget(self, active: Active) -> None:
         active.phase = Phase.ENDED
+        if active.expiry is not None:
+            active.expiry.cancel()
         self._actives.pop(active.sequence, None)
         self._leases.pop(active.lease_id, None)
         self._on_load()

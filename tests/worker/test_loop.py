@@ -229,6 +229,20 @@ async def test_a_slow_reply_to_a_seal_does_not_stall_growth(bench: Bench) -> Non
     assert heard.tokens == expected(prompt, 100)
 
 
+async def test_a_sequence_ends_by_itself_at_its_deadline(bench: Bench) -> None:
+    bench.engine.gate = threading.Semaphore(0)
+    heard, late = Heard(), sequence(list(range(20)))
+    late.deadline_s = 0.05
+    bench.loop.start(late, heard)
+    await until_over(heard)
+    assert heard.failure is not None
+    assert (heard.failure.code, heard.failure.retryable) == (4, False)
+    bench.engine.gate.release(1000)
+    await asyncio.sleep(0.05)
+    assert heard.tokens == []
+    assert not bench.store.leases
+
+
 async def test_when_a_batch_fails_only_the_culprit_fails(bench: Bench) -> None:
     bench.engine.fails_on = 200
     good, bad = Heard(), Heard()
