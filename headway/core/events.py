@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 from typing import NamedTuple
 
 
@@ -32,10 +33,12 @@ def merge(events: Iterable[BlockEvent], most_keys: int) -> list[BlockEvent]:
 
 
 class BlockEvents:
-    """A bounded log. Whoever is further behind than it reaches needs a snapshot."""
+    """A log of the last events, together at most `keep` keys. Whoever is further behind needs a snapshot."""
 
-    def __init__(self, keep: int = 8192) -> None:
-        self._events: deque[BlockEvent] = deque(maxlen=keep)
+    def __init__(self, keep: int = 1 << 16) -> None:
+        self._events: deque[BlockEvent] = deque()
+        self._keep = keep
+        self._kept = 0
         self.last = 0
 
     def stored(self, keys: list[bytes]) -> None:
@@ -49,8 +52,11 @@ class BlockEvents:
         missing = self.last - number
         if missing < 0 or missing > len(self._events):
             return None
-        return list(self._events)[len(self._events) - missing :] if missing else []
+        return list(islice(reversed(self._events), missing))[::-1]
 
     def _append(self, keys: list[bytes], *, removed: bool) -> None:
         self.last += 1
         self._events.append(BlockEvent(self.last, self.last, keys, removed))
+        self._kept += len(keys)
+        while self._kept > self._keep:
+            self._kept -= len(self._events.popleft().keys)

@@ -14,6 +14,8 @@ class Problem(enum.Enum):
     NO_SLOTS = "no slots in time"
     TOO_LARGE = "can never fit"
     RECLAIMED = "the slots are needed by older requests"
+    CANCELLED = "cancelled by its worker"
+    INVALID = "makes no sense"
     UNKNOWN = "no such lease"
     NOT_YOURS = "not a holder of this lease"
     BROKEN_CHAIN = "not the next blocks of the chain"
@@ -28,7 +30,7 @@ class Refused:
 
     @property
     def retryable(self) -> bool:
-        return self.problem not in (Problem.TOO_LARGE, Problem.BROKEN_CHAIN)
+        return self.problem not in (Problem.TOO_LARGE, Problem.BROKEN_CHAIN, Problem.INVALID)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Lease:
 
     holders: sessions of live workers. suspended: sessions that may still write but cannot be asked; while nobody else
     holds the lease its own slots are quarantined. losers: slots of duplicate seals, by the session that may still use
-    them until its next operation.
+    them until its next operation; by "" when several may, until the lease ends.
     """
 
     lease_id: int

@@ -85,6 +85,8 @@ class Store:
         request: tuple[str, int] = ("", 0),
     ) -> Result | None:
         """Slots for `tokens` + `growth` tokens, those of the cached prefix among them; all or nothing, oldest first."""
+        if tokens < 1:
+            return Refused(Problem.INVALID, "a lease is for at least one token; this acquire names none")
         blocks = -(-(tokens + growth) // self._block)
         if blocks > self.pool.total:
             message = (
@@ -116,8 +118,9 @@ class Store:
         return self._enqueue(waiter)
 
     def cancel_acquire(self, session: str, request: tuple[str, int]) -> None:
-        """Forget acquires of this request that wait."""
-        self.waiters = [w for w in self.waiters if w.lease or (w.session, w.request) != (session, request)]
+        """Refuse the acquires of this request that wait."""
+        mine = [w for w in self.waiters if w.lease is None and (w.session, w.request) == (session, request)]
+        self._refuse(mine, Refused(Problem.CANCELLED, "the worker cancelled this acquire"))
         self._serve()
 
     def _enqueue(self, waiter: Waiter) -> Result | None:
@@ -199,7 +202,15 @@ class Store:
 
     def _refuse_extension(self, lease: Lease) -> None:
         refused = Refused(Problem.RECLAIMED, "older requests need the slots; start over")
-        for waiter in [w for w in self.waiters if w.lease is lease]:
+        self._refuse([waiter for waiter in self.waiters if waiter.lease is lease], refused)
+
+    def _refuse_extension_of(self, session: str, lease: Lease) -> None:
+        """The session gives up the lease: it needs no more slots of it."""
+        mine = [waiter for waiter in self.waiters if waiter.lease is lease and waiter.session == session]
+        self._refuse(mine, Refused(Problem.CANCELLED, "the worker gave up the lease before there were slots"))
+
+    def _refuse(self, waiters: list[Waiter], refused: Refused) -> None:
+        for waiter in waiters:
             self.waiters.remove(waiter)
             self._out.append(Reply(waiter.session, waiter.operation_id, refused))
 
@@ -241,7 +252,9 @@ class Store:
         if isinstance(lease, Refused):
             return lease
         changes: list[tuple[int, int]] = []
-        if from_token // self._block <= len(lease.blocks):
+        shared = bool((lease.holders | lease.suspended) - {session})
+        # Another holder would not hear of the change, and the slots that it knows were never written.
+        if not shared and from_token // self._block <= len(lease.blocks):
             for key in lease.keys[len(lease.blocks) : (lease.tokens - 1) // self._block]:
                 block = self.cache.get(key)
                 if block is None:
@@ -254,7 +267,9 @@ class Store:
         return Changed(changes, len(lease.blocks) * self._block)
 
     def _switch(self, session: str, lease: Lease, at: int, slot: int, changes: list[tuple[int, int]]) -> None:
-        lease.losers.setdefault(session, []).append(lease.slots[at])
+        """Another holder knows only the former slot (it is written, and equal): it may read it until the lease ends."""
+        shared = bool((lease.holders | lease.suspended) - {session})
+        lease.losers.setdefault("" if shared else session, []).append(lease.slots[at])
         lease.slots[at] = slot
         changes.append((at, slot))
 
@@ -279,16 +294,22 @@ class Store:
         if isinstance(lease, Refused):
             return lease
         lease.holders.discard(session)
-        if joiner_session is not None and not lease.holders:
-            granted = self.join(joiner_session, lease.joiner, lease_id)
-            if isinstance(granted, Granted):
-                self._out.append(Offer(joiner_session, lease.request, granted))
-        if not lease.holders:
-            lease.held_until_s = now_s + self._hold_s
-            if lease.reclaiming:
-                self._end(lease)
+        self._refuse_extension_of(session, lease)
+        if not lease.holders and (lease.reclaiming or not lease.joiner):
+            # The joiner will find it gone, and compute the request anew when there is room.
+            self._end(lease)
+        elif not lease.holders:
+            self._pass_on(lease, now_s, joiner_session)
         self._serve()
         return Done()
+
+    def _pass_on(self, lease: Lease, now_s: float, joiner_session: str | None) -> None:
+        if joiner_session is not None:
+            granted = self.join(joiner_session, lease.joiner, lease.lease_id)
+            if isinstance(granted, Granted):
+                self._out.append(Offer(joiner_session, lease.request, granted))
+                return
+        lease.held_until_s = now_s + self._hold_s
 
     def release(self, session: str, lease_id: int) -> Result:
         """The session does not use the lease any more. Unknown leases are released already."""
@@ -298,7 +319,7 @@ class Store:
         held = session in lease.holders
         self._acknowledge(session, lease)
         lease.holders.discard(session)
-        self.waiters = [w for w in self.waiters if not (w.lease is lease and w.session == session)]
+        self._refuse_extension_of(session, lease)
         if not lease.holders and (held or session == lease.owner):
             self._end(lease)
         self._serve()

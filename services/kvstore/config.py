@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from headway.runtime.config import ConfigError, option
@@ -26,5 +27,5 @@ class KvStoreConfig:
     def __post_init__(self) -> None:
         if self.slab_bytes < PAGE:
             raise ConfigError(f"setting slab_bytes is {self.slab_bytes}; it must be at least {PAGE}")
-        if self.handoff_hold_s <= 0:
+        if not 0 < self.handoff_hold_s < math.inf:
             raise ConfigError(f"setting handoff_hold_s is {self.handoff_hold_s}; it must be above 0")

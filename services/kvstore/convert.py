@@ -14,6 +14,8 @@ CODES = {
     Problem.UNKNOWN: grpc.StatusCode.NOT_FOUND,
     Problem.NOT_YOURS: grpc.StatusCode.PERMISSION_DENIED,
     Problem.BROKEN_CHAIN: grpc.StatusCode.FAILED_PRECONDITION,
+    Problem.CANCELLED: grpc.StatusCode.CANCELLED,
+    Problem.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import struct
 from pathlib import Path
@@ -23,7 +22,8 @@ class DescriptorSocket:
 
     def __init__(self, node: Node, run_dir: Path) -> None:
         self._node = node
-        self.path = run_dir / f"headway-kvstore-{os.getpid()}.sock"
+        # Named like the segment, so that the next start removes what a killed kvstore left.
+        self.path = run_dir / f"{node.config.slab_name}.sock"
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:

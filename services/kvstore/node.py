@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import select
@@ -14,10 +15,10 @@ import grpc
 
 from headway.core.audit import check_integrity
 from headway.core.keys import split_keys
-from headway.core.leases import Problem, Refused, Result
+from headway.core.leases import Done, Problem, Refused, Result
 from headway.core.model import KvFormat
 from headway.core.store import Offer, Reclaim, Store
-from headway.runtime.errors import HeadwayError
+from headway.runtime.errors import HeadwayError, invalid
 from headway.slab.host import HostSegment, slot_stride
 from headway.v1 import kvstore_pb2 as pb
 from services.kvstore.config import KvStoreConfig
@@ -46,9 +47,10 @@ class Session:
         self.wake = asyncio.Event()
 
     def put(self, reply: pb.AttachReply) -> None:
-        """Send with all else of this loop tick."""
-        if self.connected and len(self.replies) < MAX_REPLIES:
+        """Send with all else of this loop tick. A session that takes none of them ends."""
+        if self.connected:
             self.replies.append(reply)
+            self.connected = len(self.replies) < MAX_REPLIES
             self.wake.set()
 
     def hang_up(self) -> None:
@@ -59,7 +61,11 @@ class Session:
     @property
     def dead(self) -> bool:
         """The process is gone (or never mapped the slab, which is as good)."""
-        return self.pidfd is None or bool(select.select([self.pidfd], [], [], 0)[0])
+        if self.pidfd is None:
+            return True
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
 
 class Node:
@@ -88,7 +94,7 @@ class Node:
         former = self.sessions.pop(incarnation, None)
         if former is not None:
             # Only a worker that has stopped writing attaches again.
-            former.connected = False
+            former.hang_up()
             self._close_pidfd(former)
             self.store.resolve(incarnation)
             self.settle()
@@ -115,6 +121,7 @@ class Node:
 
     def _died(self, session: Session) -> None:
         log.info("worker=%s event=died", session.worker_id)
+        session.hang_up()
         self._resolve(session)
         self.settle()
 
@@ -133,6 +140,11 @@ class Node:
     def _lay_out(self, kv_format: KvFormat, worker_id: str) -> None:
         if self.kv_format == kv_format:
             return
+        if kv_format.block_size < 1 or kv_format.bytes_per_token < 1:
+            message = (
+                f"worker {worker_id} has the KV format {kv_format}: block_size and bytes_per_token must be above 0"
+            )
+            raise HeadwayError(grpc.StatusCode.INVALID_ARGUMENT, message)
         if self.kv_format is not None:
             message = (
                 f"worker {worker_id} has the KV format {kv_format}, this node's slab has {self.kv_format}: "
@@ -158,8 +170,8 @@ class Node:
             kind = operation.WhichOneof("operation") or ""
             try:
                 result = self._run(session, kind, operation)
-            except ValueError as error:
-                result = Refused(Problem.BROKEN_CHAIN, str(error))
+            except HeadwayError as error:
+                result = Refused(Problem.INVALID, error.message)
             if result is not None and operation.operation_id:
                 session.put(reply_of(kind, operation.operation_id, result))
         self.settle()
@@ -170,14 +182,14 @@ class Node:
             return self._acquire(session, operation.operation_id, operation.acquire, now)
         if kind == "seal":
             seal = operation.seal
-            keys = split_keys(seal.block_keys)
+            keys = _keys(seal.block_keys)
             return store.seal(key, seal.lease_id, first=seal.first_block, keys=keys, parent=seal.parent_key)
         if kind == "join":
             lease_id = operation.join.lease_id if operation.join.epoch == self.epoch else 0
             return store.join(key, session.worker_id, lease_id)
         if kind == "extend":
             extend = operation.extend
-            deadline_s = now + extend.timeout_s
+            deadline_s = now + _finite(extend.timeout_s, "timeout_s")
             return store.extend(
                 key, operation.operation_id, extend.lease_id, blocks=extend.blocks, deadline_s=deadline_s
             )
@@ -193,7 +205,11 @@ class Node:
         if kind == "cancel_acquire":
             cancel = operation.cancel_acquire
             store.cancel_acquire(key, (cancel.sequence_id, cancel.attempt))
-        return None
+            return Done()
+        if kind == "renew":
+            # Like every message, a sign of life: `handle` has noted it.
+            return Done()
+        raise invalid("this kvstore does not know the operation; run workers and kvstore of the same version")
 
     def _session_of(self, worker_id: str) -> str | None:
         """The session of an attached worker."""
@@ -206,11 +222,11 @@ class Node:
         return self.store.acquire(
             session.key,
             operation_id,
-            keys=split_keys(acquire.block_keys),
+            keys=_keys(acquire.block_keys),
             tokens=acquire.tokens,
             growth=acquire.growth_tokens,
-            arrival_s=acquire.arrival_s,
-            deadline_s=now + acquire.timeout_s,
+            arrival_s=_finite(acquire.arrival_s, "arrival_s"),
+            deadline_s=now + _finite(acquire.timeout_s, "timeout_s"),
             joiner=acquire.joiner,
             request=(acquire.sequence_id, acquire.attempt),
         )
@@ -242,12 +258,27 @@ class Node:
             now = time.monotonic()
             self.store.tick(now)
             self.settle()
-            for session in self.sessions.values():
+            for session in list(self.sessions.values()):
                 if session.connected and now - session.heard_s > self.config.worker_silence_s:
                     log.warning("worker=%s event=silent", session.worker_id)
                     session.hang_up()
+                    self.close(session)
             store = self.store
             if not store.leases and self._audited != store.events.last and store.pool.total <= AUDIT_SLOTS:
                 self._audited = store.events.last
                 for wrong in check_integrity(store):
                     log.error("event=integrity %s", wrong)
+
+
+def _keys(joined: bytes) -> list[bytes]:
+    try:
+        return split_keys(joined)
+    except ValueError as error:
+        raise invalid(str(error)) from None
+
+
+def _finite(seconds: float, name: str) -> float:
+    """Anything else could neither be ordered nor run out."""
+    if not math.isfinite(seconds):
+        raise invalid(f"{name} is {seconds}; it must be a finite number of seconds")
+    return seconds

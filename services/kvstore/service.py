@@ -69,10 +69,14 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def _read(self, requests: AsyncIterator[pb.AttachRequest], session: Session) -> None:
         try:
             async for request in requests:
+                if not session.connected:
+                    log.warning("worker=%s event=cut_off waiting_replies=%d", session.worker_id, len(session.replies))
+                    break
                 self._node.handle(session, request.operations)
         except Exception:
             log.exception("worker=%s event=attach_failed", session.worker_id)
         finally:
+            self._node.close(session)
             session.hang_up()
 
     def _welcome(self, session: Session) -> pb.AttachWelcome:
@@ -172,12 +176,14 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Of all sealed blocks; one whose slot changed hands while it was read is left out (its generation tells)."""
         node, generations = self._node, self._node.store.pool.generations
         blocks = [(block.key, block.slot, generations[block.slot]) for block in node.store.cache]
-        slab = map_descriptor(node.segment.descriptor, node.store.pool.total, node.stride)
+        descriptor, total, stride = node.segment.descriptor, node.store.pool.total, node.stride
 
-        def digest(slot: int) -> bytes:
-            return hashlib.blake2b(slab[slot, :slot_bytes].tobytes(), digest_size=16).digest()
+        def digest_all() -> list[bytes]:
+            slab = map_descriptor(descriptor, total, stride)
+            used = (slab[slot, :slot_bytes].tobytes() for _, slot, _ in blocks)
+            return [hashlib.blake2b(content, digest_size=16).digest() for content in used]
 
-        digests = await asyncio.to_thread(lambda: [digest(slot) for _, slot, _ in blocks])
+        digests = await asyncio.to_thread(digest_all)
         return [
             pb.BlockChecksum(block_key=key, checksum=checksum)
             for (key, slot, generation), checksum in zip(blocks, digests, strict=True)

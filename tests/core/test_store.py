@@ -280,6 +280,9 @@ def test_waiting_ends_in_time_or_when_cancelled() -> None:
     assert bench.acquire("q", A, arrival_s=1.0, request=("r", 0)) is None  # type: ignore[arg-type]
     bench.store.cancel_acquire("q", ("r", 0))
     assert not bench.store.waiters
+    (cancelled,) = bench.store.instructions()
+    assert isinstance(cancelled, Reply)
+    assert refusal(cancelled.result) is Problem.CANCELLED
     assert bench.acquire("q", A, arrival_s=1.0) is None
     bench.store.tick(99.9)
     assert bench.store.instructions() == []
@@ -339,3 +342,69 @@ def test_losers_of_a_suspended_worker_are_quarantined_too() -> None:
     bench.store.resolve("q")
     bench.check()
     assert bench.counts()[3] == 0
+
+
+def test_an_acquire_of_no_tokens_is_refused() -> None:
+    assert refusal(Bench().acquire("p", [], growth=4)) is Problem.INVALID
+
+
+def test_a_lease_that_has_to_give_way_ends_with_its_handoff() -> None:
+    bench = Bench(4)
+    young = bench.granted("p", list(range(16)), arrival_s=5.0, joiner="decode-0")
+    assert bench.acquire("q", A, arrival_s=1.0) is None
+    assert bench.store.instructions() == [Reclaim("p", young.lease_id)]
+    bench.store.hand_off("p", young.lease_id, 0.0, "d")
+    bench.check()
+    assert [(type(item), item.session) for item in bench.store.instructions()] == [(Reply, "q")]
+    assert refusal(bench.store.join("d", "decode-0", young.lease_id)) is Problem.UNKNOWN
+
+
+def test_a_joiner_that_joins_a_lease_in_reclaim_is_asked_too() -> None:
+    bench = Bench(4)
+    young = bench.granted("p", list(range(16)), arrival_s=5.0, joiner="decode-0")
+    assert bench.acquire("q", A, arrival_s=1.0) is None
+    bench.store.instructions()
+    assert isinstance(bench.store.join("d", "decode-0", young.lease_id), Granted)
+    assert bench.store.instructions() == [Reclaim("d", young.lease_id)]
+
+
+def test_without_a_joiner_a_handoff_ends_the_lease() -> None:
+    bench = Bench()
+    lease = bench.granted("p", A)
+    bench.store.hand_off("p", lease.lease_id, 0.0)
+    bench.check()
+    assert bench.counts() == (16, 0, 0, 0)
+
+
+def test_a_joiner_may_use_the_table_it_got_until_the_lease_ends() -> None:
+    """Another holder's duplicate seal changes the table, and the joiner does not hear of it."""
+    bench = Bench()
+    lease, twin = bench.granted("p", A, joiner="decode-0"), bench.granted("q", A)
+    joined = bench.store.join("d", "decode-0", lease.lease_id)
+    assert isinstance(joined, Granted)
+    bench.seal("q", twin.lease_id, A)
+    assert bench.store.refresh("p", lease.lease_id, 0) == Changed([], 0)
+    changed = bench.seal("p", lease.lease_id, A)
+    assert isinstance(changed, Changed)
+    assert len(changed.changes) == 2
+    bench.store.hand_off("p", lease.lease_id, 0.0, "d")
+    bench.check()
+    assert bench.store.pool.free_slots().isdisjoint(joined.slots)
+    bench.release("d", lease.lease_id)
+    bench.release("q", twin.lease_id)
+    assert bench.counts() == (14, 0, 2, 0)
+
+
+def test_an_extension_does_not_outlive_the_hold_on_its_lease() -> None:
+    bench = Bench(5)
+    bench.granted("o", list(range(50, 58)), arrival_s=1.0)
+    lease = bench.granted("p", list(range(8)), arrival_s=2.0, joiner="decode-0")
+    young = bench.granted("y", [1], arrival_s=9.0)
+    assert bench.store.extend("p", 7, lease.lease_id, blocks=1, deadline_s=99.0) is None
+    bench.store.hand_off("p", lease.lease_id, 0.0)
+    replies = [item for item in bench.store.instructions() if isinstance(item, Reply)]
+    assert [refusal(reply.result) for reply in replies] == [Problem.CANCELLED]
+    bench.store.tick(11.0)
+    bench.release("y", young.lease_id)
+    assert bench.store.instructions() == []
+    assert bench.counts() == (3, 2, 0, 0)

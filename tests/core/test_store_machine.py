@@ -44,6 +44,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.held: dict[tuple[str, int], Held] = {}
         # What sessions whose stream broke may still be writing.
         self.ghosts: dict[str, set[int]] = {}
+        # Tables that the joiner got while the owner went on; it hears of no change to them.
+        self.joined: dict[int, set[int]] = {}
         self.asked: dict[int, tuple[str, list[int]]] = {}
         self.extending: dict[int, tuple[str, int]] = {}
         self.known: set[bytes] = set()
@@ -76,11 +78,17 @@ class StoreMachine(RuleBasedStateMachine):
                     self.held[item.session, item.granted.lease_id] = held
                 elif isinstance(item, Reclaim) and (item.session, item.lease_id) in self.held:
                     self.drop(item.session, item.lease_id)
+                elif isinstance(item, Reclaim) and item.session == "d" and item.lease_id in self.joined:
+                    self.leave(item.lease_id)
 
     def drop(self, session: str, lease_id: int) -> None:
         del self.held[session, lease_id]
         self.extending = {op: key for op, key in self.extending.items() if key != (session, lease_id)}
         self.store.release(session, lease_id)
+
+    def leave(self, lease_id: int) -> None:
+        del self.joined[lease_id]
+        self.store.release("d", lease_id)
 
     def pick(self, data: st.DataObject) -> Held:
         return self.held[data.draw(st.sampled_from(sorted(self.held)))]
@@ -159,11 +167,29 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), attached=st.booleans())
     def hand_off(self, data: st.DataObject, attached: bool) -> None:
         held = self.pick(data)
-        if held.session == "d" or (held.session, held.lease_id) in self.extending.values():
+        if held.session == "d":
             return
+        self.extending = {op: key for op, key in self.extending.items() if key != (held.session, held.lease_id)}
         del self.held[held.session, held.lease_id]
         joiner = "d" if attached and "d" not in self.ghosts else None
         self.store.hand_off(held.session, held.lease_id, self.now, joiner)
+        self.listen()
+
+    @precondition(lambda self: self.held and "d" not in self.ghosts)
+    @rule(data=st.data())
+    def join_early(self, data: st.DataObject) -> None:
+        held = self.pick(data)
+        if held.session == "d" or held.lease_id in self.joined:
+            return
+        result = self.store.join("d", "decode", held.lease_id)
+        assert isinstance(result, Granted)
+        self.joined[held.lease_id] = set(result.slots)
+        self.listen()
+
+    @precondition(lambda self: self.joined)
+    @rule(data=st.data())
+    def leave_early(self, data: st.DataObject) -> None:
+        self.leave(data.draw(st.sampled_from(sorted(self.joined))))
         self.listen()
 
     @precondition(lambda self: self.held)
@@ -182,6 +208,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.held = {key: held for key, held in self.held.items() if held.session != session}
         self.asked = {op: asked for op, asked in self.asked.items() if asked[0] != session}
         self.extending = {op: key for op, key in self.extending.items() if key[0] != session}
+        if session == "d":
+            self.joined.clear()
         self.store.suspend(session)
         self.listen()
 
@@ -218,6 +246,13 @@ class StoreMachine(RuleBasedStateMachine):
         assert not {block.slot for block in self.store.cache} & set(writers)
 
     @invariant()
+    def what_a_joiner_reads_is_never_given_away(self) -> None:
+        for lease_id, slots in self.joined.items():
+            assert not self.store.pool.free_slots() & slots
+            for held in self.held.values():
+                assert held.lease_id == lease_id or not held.writable() & slots
+
+    @invariant()
     def events_tell_what_is_cached_parents_first(self) -> None:
         parents = {block.key: block.parent for block in self.store.cache}
         for event in self.store.events.since(self.seen) or []:
@@ -246,6 +281,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.now += 6.0
             self.store.tick(self.now)
             self.listen()
+            for lease_id in list(self.joined):
+                if lease_id in self.joined:
+                    self.leave(lease_id)
+                    self.listen()
             for session, lease_id in list(self.held):
                 if (session, lease_id) in self.held:
                     self.drop(session, lease_id)
