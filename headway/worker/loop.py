@@ -9,28 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-import numpy as np
 
 from headway.core.sequence import Sequence
 from headway.core.step import StepLimits, Work, plan_step
 from headway.core.timing import StepTimes
 from headway.engine.contract import Chunk, Drawn, Engine
-from headway.v1 import common_pb2, kvstore_pb2
-from headway.worker import operations
+from headway.v1 import common_pb2
 from headway.worker.active import Active, Interrupt, Phase, Sink
-from headway.worker.attach import Attachment, OnReply, Slab, failed
+from headway.worker.attach import Slab
 from headway.worker.convert import failure
+from headway.worker.leases import Leases
 
 log = logging.getLogger(__name__)
 
-HANDED_OFF_KEPT = 4096
-# How long a lease that passed to this worker waits for the router's Begin.
-OFFER_S = 10.0
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 Result = Drawn | None | Exception
 
@@ -49,30 +44,25 @@ class EngineLoop:
     ) -> None:
         self._engine = engine
         self._limits = limits
-        self._growth_tokens = growth_tokens
-        self._acquire_timeout_s = acquire_timeout_s
         self._on_load = on_load
-        self._block = engine.card.kv_format.block_size
         self._actives: dict[Sequence, Active] = {}
-        self._leases: dict[int, Active] = {}
-        # Leases given to a joiner: a cancel may still have to release them.
-        self._handed_off: OrderedDict[tuple[str, int], int] = OrderedDict()
-        # Leases that passed to this worker before the router's Begin came.
-        self._offers: dict[tuple[str, int], kvstore_pb2.LeaseGranted] = {}
+        self.leases = Leases(
+            engine.card.kv_format.block_size,
+            growth_tokens,
+            acquire_timeout_s,
+            on_ready=self._ready,
+            on_refused=self._fail,
+            on_preempt=self._preempt,
+        )
         self._wake = asyncio.Event()
         self._between_steps = asyncio.Event()
         self._between_steps.set()
         self._thread = ThreadPoolExecutor(1, "engine")
-        self._attachment: Attachment | None = None
         self.slab: Slab | None = None
         self.times = StepTimes()
         self.forwards = 0
 
     # ------------------------------------------------------------------ attachment
-
-    def use(self, attachment: Attachment) -> None:
-        """Send lease operations through this attachment."""
-        self._attachment = attachment
 
     def attached(self, slab: Slab) -> None:
         self._engine.bind(slab.view)
@@ -85,51 +75,36 @@ class EngineLoop:
         await self._between_steps.wait()
         for active in list(self._actives.values()):
             self._fail(active, failure(UNAVAILABLE, "the kvstore of this node went away", retryable=True))
-        self._handed_off.clear()
-        self._offers.clear()
+        self.leases.clear()
         self._engine.unbind()
 
-    def reclaim(self, lease_id: int) -> None:
-        """The store wants the slots back: the sequence is preempted and starts over when there is room."""
-        active = self._leases.get(lease_id)
-        if active is None:
-            return
+    def _preempt(self, active: Active) -> None:
+        """The store wants the slots back: the sequence starts over when there is room, after the running forward."""
         if active.stepping:
             active.interrupt = active.interrupt or Interrupt.RECLAIM
         else:
-            self._restart(active)
+            self.leases.restart(active)
 
     # ------------------------------------------------------------------ commands
 
     def start(self, sequence: Sequence, sink: Sink, *, joiner: str = "") -> Active:
         """Compute the sequence from what the cache has; with a joiner, only up to its first token."""
         active = self._watch(Active(sequence, sink, time.monotonic(), joiner))
-        if self.slab is None:
-            self._fail(active, failure(UNAVAILABLE, "this worker is not attached to its kvstore", retryable=True))
-        else:
-            self._acquire(active)
+        if self._may_begin(active):
+            self.leases.acquire(active)
         return active
 
     def join(self, sequence: Sequence, sink: Sink, *, lease_id: int, epoch: int) -> Active:
         """Go on where prefill stopped: all tokens but the last are computed. Recomputes when the lease is gone."""
         active = self._watch(Active(sequence, sink, time.monotonic(), joined=True))
+        if self._may_begin(active):
+            self.leases.join(active, lease_id, epoch)
+        return active
+
+    def _may_begin(self, active: Active) -> bool:
         if self.slab is None:
             self._fail(active, failure(UNAVAILABLE, "this worker is not attached to its kvstore", retryable=True))
-            return active
-
-        def joined(reply: kvstore_pb2.AttachReply) -> None:
-            if failed(reply) is None:
-                self._joined(active, reply.granted)
-            elif active.phase is not Phase.ENDED:
-                sequence.restart()
-                self._acquire(active)
-
-        offer = self._offers.pop((sequence.sequence_id, sequence.attempt), None)
-        if offer is not None and offer.lease_id == lease_id:
-            self._joined(active, offer)
-        else:
-            self._submit(operations.join(lease_id, epoch), joined)
-        return active
+        return self.slab is not None
 
     def _watch(self, active: Active) -> Active:
         self._actives[active.sequence] = active
@@ -143,37 +118,12 @@ class EngineLoop:
         active.sink.failed(active, failure(grpc.StatusCode.DEADLINE_EXCEEDED, message, retryable=False))
         self.cancel(active)
 
-    def offer(self, granted: kvstore_pb2.LeaseGranted) -> None:
-        """A lease passed to this worker; the router's Begin, or a cancel, follows, or came already."""
-        key = (granted.sequence_id, granted.attempt)
-        if granted.lease_id in self._leases:
-            return
-        self._offers[key] = granted
-        asyncio.get_running_loop().call_later(OFFER_S, self._decline, key, granted.lease_id)
-
-    def _decline(self, key: tuple[str, int], lease_id: int) -> None:
-        offer = self._offers.get(key)
-        if offer is not None and offer.lease_id == lease_id:
-            del self._offers[key]
-            self._submit(operations.release(lease_id))
-
     def cancel(self, active: Active) -> None:
         """Stop the sequence and free what it holds; nothing is told to its sink."""
         if active.stepping:
             active.interrupt = Interrupt.CANCEL
         elif active.phase is not Phase.ENDED:
             self._end(active)
-
-    def release_handed_off(self, sequence_id: str, attempt: int) -> None:
-        """The request ended between first token and join: end the hold on its lease, at either end of the handoff."""
-        key = (sequence_id, attempt)
-        lease_id = self._handed_off.pop(key, None)
-        if lease_id is not None:
-            self._submit(operations.release(lease_id))
-        if key in self._offers:
-            self._decline(key, self._offers[key].lease_id)
-
-    # ------------------------------------------------------------------ load
 
     @property
     def actives(self) -> list[Active]:
@@ -207,7 +157,7 @@ class EngineLoop:
         for item in work:
             active = self._actives[item.sequence]
             if active.passed_over and not active.replies_due and not item.sequence.decoding:
-                self._refresh(active)
+                self.leases.refresh(active)
             else:
                 kept.append(item)
         if len(ready) > len(work):
@@ -261,7 +211,7 @@ class EngineLoop:
                 message = f"the engine failed on this sequence: {type(result).__name__}: {result}"
                 self._fail(active, failure(grpc.StatusCode.INTERNAL, message, retryable=False))
             elif result is None:
-                self._seal(active)
+                self.leases.seal(active)
             else:
                 self._drawn(active, result)
         self._on_load()
@@ -274,173 +224,36 @@ class EngineLoop:
         finish = sequence.finish_after(drawn.token_id)
         active.sink.drawn(active, drawn, output_index, finish)
         if finish is not None:
-            self._seal(active, last=True)
+            self.leases.seal(active, last=True)
             self._end(active)
         elif active.joiner:
-            self._seal(active, last=True)
-            self._hand_off(active)
+            self.leases.seal(active, last=True)
+            self.leases.hand_off(active)
+            self._forget(active)
         else:
-            self._seal(active)
-            self._grow(active)
+            self.leases.seal(active)
+            self.leases.grow(active)
 
     def _interrupted(self, active: Active) -> None:
         interrupt, active.interrupt = active.interrupt, None
         if interrupt is Interrupt.CANCEL:
             self._end(active)
         else:
-            self._restart(active)
+            self.leases.restart(active)
 
-    # ------------------------------------------------------------------ leases
-
-    def _submit(self, operation: kvstore_pb2.AttachOperation, on_reply: OnReply | None = None) -> None:
-        if self._attachment is not None:
-            self._attachment.submit(operation, on_reply)
-
-    def _acquire(self, active: Active) -> None:
-        active.phase = Phase.ACQUIRING
-
-        def acquired(reply: kvstore_pb2.AttachReply) -> None:
-            problem = failed(reply)
-            if problem is None:
-                active.sequence.computed = reply.granted.cached_tokens
-                active.sequence.sealed = active.sequence.computed // self._block
-                active.sequence.cached_tokens = active.sequence.computed
-                self._granted(active, reply.granted)
-            elif active.phase is not Phase.ENDED:
-                self._fail(active, problem)
-
-        operation = operations.acquire(active.sequence, active.joiner, self._growth_tokens, self._acquire_timeout_s)
-        self._submit(operation, acquired)
-
-    def _joined(self, active: Active, granted: kvstore_pb2.LeaseGranted) -> None:
-        sequence = active.sequence
-        sequence.computed = len(sequence.tokens) - 1
-        sequence.given = sequence.computed
-        sequence.sealed = sequence.computed // self._block
-        self._offers.pop((sequence.sequence_id, sequence.attempt), None)
-        self._granted(active, granted)
-
-    def _granted(self, active: Active, granted: kvstore_pb2.LeaseGranted) -> None:
-        if active.phase is Phase.ENDED:
-            self._submit(operations.release(granted.lease_id))
-            return
-        active.lease_id = granted.lease_id
-        active.slots = np.array(granted.slots, np.int32)
-        self._leases[active.lease_id] = active
-        self._ready(active)
+    # ------------------------------------------------------------------ ends
 
     def _ready(self, active: Active) -> None:
         active.phase = Phase.READY
         active.ready_s = active.ready_s or time.monotonic()
         self._wake.set()
 
-    def _refresh(self, active: Active) -> None:
-        """Ask again what is cached: while this prompt waited, a sibling may have sealed its prefix."""
-        active.passed_over = False
-        active.phase = Phase.REFRESHING
-        sequence = active.sequence
-        from_token = sequence.computed // self._block * self._block
-
-        def refreshed(reply: kvstore_pb2.AttachReply) -> None:
-            if active.phase is not Phase.REFRESHING:
-                return
-            if failed(reply) is None:
-                active.change_slots(list(reply.refreshed.changes))
-                gained = max(0, reply.refreshed.cached_tokens - sequence.computed)
-                sequence.computed += gained
-                sequence.cached_tokens += gained
-                sequence.sealed = max(sequence.sealed, sequence.computed // self._block) if gained else sequence.sealed
-            self._ready(active)
-
-        self._submit(operations.refresh(active.lease_id, from_token), refreshed)
-
-    def _seal(self, active: Active, *, last: bool = False) -> None:
-        """Seal what is full, unless an earlier reply about this lease is due (the next step seals it then).
-
-        `last`: the table is not used here again, so nothing has to be waited for.
-        """
-        if active.replies_due and not last:
-            return
-        first, keys, parent = active.sequence.sealable()
-        if not keys:
-            return
-        active.sequence.sealed = first + len(keys)
-        operation = operations.seal(active.lease_id, first, keys, parent)
-        self._submit(operation, None if last else self._sealed_reply(active))
-
-    def _sealed_reply(self, active: Active) -> OnReply:
-        active.replies_due += 1
-        lease_id = active.lease_id
-
-        def sealed(reply: kvstore_pb2.AttachReply) -> None:
-            if active.lease_id != lease_id:
-                return
-            active.replies_due -= 1
-            if failed(reply) is None:
-                active.change_slots(list(reply.sealed.changes))
-            else:
-                log.warning("event=seal_refused reason=%s", reply.failure.message)
-            if active.phase is Phase.READY and not active.stepping:
-                # It may be out of slots, and had to wait for this reply to ask for more.
-                self._grow(active)
-
-        return sealed
-
-    def _grow(self, active: Active) -> None:
-        """Ask for more slots half a block before they are needed, so that no step waits for the reply."""
-        if active.replies_due or active.capacity - len(active.sequence.tokens) > self._block // 2:
-            return
-        sequence = active.sequence
-        left = min(sequence.max_tokens - sequence.output_index, sequence.context_tokens - len(sequence.tokens))
-        missing = len(sequence.tokens) + min(left, self._growth_tokens) - active.capacity
-        if missing <= 0:
-            return
-        active.replies_due += 1
-        lease_id = active.lease_id
-
-        def extended(reply: kvstore_pb2.AttachReply) -> None:
-            if active.lease_id != lease_id:
-                return
-            active.replies_due -= 1
-            if active.phase is Phase.ENDED:
-                return
-            if failed(reply) is None:
-                active.slots = np.concatenate([active.slots, np.array(reply.extended.slots, np.int32)])
-                self._wake.set()
-            else:
-                self.reclaim(lease_id)
-
-        blocks = -(-missing // self._block)
-        self._submit(operations.extend(lease_id, blocks, self._acquire_timeout_s), extended)
-
-    def _hand_off(self, active: Active) -> None:
-        self._submit(operations.hand_off(active.lease_id))
-        self._handed_off[active.sequence.sequence_id, active.sequence.attempt] = active.lease_id
-        if len(self._handed_off) > HANDED_OFF_KEPT:
-            self._handed_off.popitem(last=False)
-        self._forget(active)
-
-    def _restart(self, active: Active) -> None:
-        """Preempt by recompute: give up the lease and queue again with the same age."""
-        log.info("event=preempted sequence=%s", active.sequence.sequence_id)
-        self._leases.pop(active.lease_id, None)
-        self._submit(operations.release(active.lease_id))
-        active.lease_id = 0
-        active.replies_due = 0
-        active.sequence.restart()
-        self._acquire(active)
-
-    # ------------------------------------------------------------------ ends
-
     def _fail(self, active: Active, problem: common_pb2.Failure) -> None:
         active.sink.failed(active, problem)
         self._end(active)
 
     def _end(self, active: Active) -> None:
-        if active.phase is Phase.ACQUIRING:
-            self._submit(operations.cancel_acquire(active.sequence))
-        if active.lease_id:
-            self._submit(operations.release(active.lease_id))
+        self.leases.release(active)
         self._forget(active)
 
     def _forget(self, active: Active) -> None:
@@ -448,5 +261,5 @@ class EngineLoop:
         if active.expiry is not None:
             active.expiry.cancel()
         self._actives.pop(active.sequence, None)
-        self._leases.pop(active.lease_id, None)
+        self.leases.forget(active)
         self._on_load()

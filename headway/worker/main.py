@@ -84,10 +84,10 @@ async def run_worker(
         engine.card,
         on_attached=loop.attached,
         on_lost=loop.lost,
-        on_reclaim=loop.reclaim,
-        on_offer=loop.offer,
+        on_reclaim=loop.leases.reclaim,
+        on_offer=loop.leases.offer,
     )
-    loop.use(attachment)
+    loop.leases.use(attachment)
     await server.set_serving(True)
     if config.port_file:
         Path(config.port_file).write_text(f"{port}\n")

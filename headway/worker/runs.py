@@ -46,7 +46,7 @@ class RunStream(Generic[Event]):
         active = self.actives.pop((command.sequence_id, command.attempt), None)
         if active is not None:
             self.loop.cancel(active)
-        self.loop.release_handed_off(command.sequence_id, command.attempt)
+        self.loop.leases.release_handed_off(command.sequence_id, command.attempt)
 
     async def serve(
         self, requests: AsyncIterator[Iterable[Command]], handle: Callable[[Command], None]

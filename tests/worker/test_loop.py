@@ -69,7 +69,7 @@ class Bench:
     def __init__(self, limits: StepLimits) -> None:
         self.engine, self.store = GatedEngine(), LittleStore()
         self.loop = EngineLoop(self.engine, limits, growth_tokens=16, acquire_timeout_s=1.0)
-        self.loop.use(self.store)  # type: ignore[arg-type]
+        self.loop.leases.use(self.store)  # type: ignore[arg-type]
         self.loop.attached(self.store.slab())
 
 
@@ -141,7 +141,7 @@ async def handed_off(bench: Bench, prompt: list[int]) -> tuple[Heard, pb.LeaseGr
 async def test_a_lease_that_was_pushed_needs_no_join(bench: Bench) -> None:
     prompt, rest = list(range(7, 50)), Heard()
     first, granted = await handed_off(bench, prompt)
-    bench.loop.offer(granted)
+    bench.loop.leases.offer(granted)
     joined = sequence(prompt)
     joined.tokens.append(first.tokens[0])
     bench.loop.join(joined, rest, lease_id=first.lease_id, epoch=1)
@@ -154,16 +154,16 @@ async def test_a_lease_that_was_pushed_needs_no_join(bench: Bench) -> None:
 
 async def test_a_pushed_lease_is_released_when_its_request_is_cancelled(bench: Bench) -> None:
     _, granted = await handed_off(bench, list(range(7, 50)))
-    bench.loop.offer(granted)
-    bench.loop.release_handed_off("s7", 0)
+    bench.loop.leases.offer(granted)
+    bench.loop.leases.release_handed_off("s7", 0)
     await asyncio.sleep(0.01)
     assert not bench.store.leases
 
 
 async def test_a_pushed_lease_that_nobody_begins_is_released(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headway.worker.loop.OFFER_S", 0.02)
+    monkeypatch.setattr("headway.worker.leases.OFFER_S", 0.02)
     _, granted = await handed_off(bench, list(range(7, 50)))
-    bench.loop.offer(granted)
+    bench.loop.leases.offer(granted)
     await asyncio.sleep(0.05)
     assert not bench.store.leases
 
@@ -199,7 +199,7 @@ async def test_slots_in_use_by_a_forward_are_given_up_only_after_it(bench: Bench
     if how == "cancel":
         bench.loop.cancel(active)
     else:
-        bench.loop.reclaim(active.lease_id)
+        bench.loop.leases.reclaim(active.lease_id)
     await asyncio.sleep(0.02)
     assert "release" not in bench.store.operations
     bench.engine.gate.release(1000)
