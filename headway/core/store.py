@@ -384,7 +384,14 @@ class Store:
         self._serve()
 
     def tick(self, now_s: float) -> None:
-        """Time passes: waiting ends with a refusal, handoff holds end."""
+        """Time passes: waiting ends with a refusal, handoff holds end, reclaims are repeated.
+
+        A worker ignores a reclaim of a lease that was passed to it and that it has not begun to use.
+        """
+        if self.waiters:
+            for lease in self.leases.values():
+                if lease.reclaiming:
+                    self._out += [Reclaim(session, lease.lease_id) for session in sorted(lease.holders)]
         for waiter in [waiter for waiter in self.waiters if waiter.deadline_s <= now_s]:
             self.waiters.remove(waiter)
             message = f"the slab had no room for {waiter.blocks} slots in time; try again later or enlarge slab_bytes"

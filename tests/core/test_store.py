@@ -408,3 +408,20 @@ def test_an_extension_does_not_outlive_the_hold_on_its_lease() -> None:
     bench.release("y", young.lease_id)
     assert bench.store.instructions() == []
     assert bench.counts() == (3, 2, 0, 0)
+
+
+def test_a_reclaim_is_repeated_while_somebody_waits() -> None:
+    """It may have met a lease that was passed on and that its worker had not begun to use."""
+    bench = Bench(4)
+    young = bench.granted("p", list(range(16)), arrival_s=5.0, joiner="decode-0")
+    bench.store.hand_off("p", young.lease_id, 0.0, "d")
+    assert bench.acquire("q", A, arrival_s=1.0) is None
+    offered, asked = bench.store.instructions()
+    assert isinstance(offered, Offer)
+    assert asked == Reclaim("d", young.lease_id)
+    bench.store.tick(1.0)
+    assert bench.store.instructions() == [asked]
+    bench.release("d", young.lease_id)
+    bench.store.instructions()
+    bench.store.tick(2.0)
+    assert bench.store.instructions() == []
