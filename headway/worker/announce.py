@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
@@ -69,14 +70,12 @@ class Announcer:
             if self._draining and not said_draining:
                 said_draining = True
                 yield router_pb2.AnnounceRequest(draining=router_pb2.Draining())
-            await asyncio.sleep(LEAST_S)
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_S - LEAST_S):
                     await changed.wait()
-            except TimeoutError:
-                continue
-            finally:
-                changed.clear()
+            # Not at once: a change of load is the very moment in which a sequence is being handed over.
+            await asyncio.sleep(LEAST_S)
+            changed.clear()
 
     def status(self) -> router_pb2.WorkerStatus:
         loop = self._loop

@@ -145,7 +145,8 @@ class Attachment:
     async def _welcomed(self, session: _Session, welcome: kvstore_pb2.AttachWelcome) -> None:
         descriptor = await asyncio.to_thread(fetch_descriptor, welcome.socket_path, welcome.secret)
         try:
-            view = map_descriptor(descriptor, welcome.total_slots, welcome.slot_stride)
+            # Populating a large slab takes longer than the event loop may stand still.
+            view = await asyncio.to_thread(map_descriptor, descriptor, welcome.total_slots, welcome.slot_stride)
         finally:
             os.close(descriptor)
         self.slab = Slab(view, welcome.epoch, welcome.node_id, welcome.total_slots, welcome.total_slots)

@@ -189,10 +189,14 @@ class Leases:
         self._submit(operation, self._due(active, extended))
 
     def reclaim(self, lease_id: int) -> None:
-        """The store asks for the slots back."""
+        """The store asks for the slots back; it may ask more than once."""
         active = self._held.get(lease_id)
         if active is not None:
             self._on_preempt(active)
+            return
+        for key, offer in list(self._offers.items()):
+            if offer.lease_id == lease_id:
+                self._decline(key, lease_id)
 
     def _due(self, active: Active, on_reply: OnReply) -> OnReply:
         """Count the reply as due; it is ignored once the sequence has ended or holds another lease."""

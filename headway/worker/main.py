@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -54,6 +55,8 @@ async def run_worker(
     server = GrpcServer([service])
     port = server.listen(config.host, config.port)
     engine = await asyncio.to_thread(make_engine, config)
+    # The model's objects live as long as the process: a collection that walked them would stop every stream.
+    gc.freeze()
     loop = EngineLoop(
         engine,
         config.limits,

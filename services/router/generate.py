@@ -55,6 +55,8 @@ async def generate(
                     live, held_back = live + held_back, []
                     for choice in choices[1:]:
                         choice.start()
+                # Commands to workers leave before the client's message is written.
+                await asyncio.sleep(0)
                 for choice in live:
                     choice.resume()
                     response = choice.answer.message()

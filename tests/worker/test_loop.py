@@ -160,6 +160,14 @@ async def test_a_pushed_lease_is_released_when_its_request_is_cancelled(bench: B
     assert not bench.store.leases
 
 
+async def test_a_pushed_lease_that_the_store_needs_back_is_given_back(bench: Bench) -> None:
+    _, granted = await handed_off(bench, list(range(7, 50)))
+    bench.loop.leases.offer(granted)
+    bench.loop.leases.reclaim(granted.lease_id)
+    await asyncio.sleep(0.01)
+    assert not bench.store.leases
+
+
 async def test_a_pushed_lease_that_nobody_begins_is_released(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headway.worker.leases.OFFER_S", 0.02)
     _, granted = await handed_off(bench, list(range(7, 50)))
