@@ -288,6 +288,15 @@ class Store:
             self._out.append(Reclaim(session, lease_id))
         return Granted(lease_id, list(lease.slots), len(lease.blocks) * self._block)
 
+    def offer(self, session: str, lease_id: int, joiner_session: str | None) -> Result:
+        """The joiner holds the lease from now on, beside the session; nothing happens while it is not attached."""
+        lease = self._of(session, lease_id)
+        if isinstance(lease, Refused):
+            return lease
+        if joiner_session is not None and not lease.reclaiming:
+            self._pass_to(lease, joiner_session)
+        return Done()
+
     def hand_off(self, session: str, lease_id: int, now_s: float, joiner_session: str | None = None) -> Result:
         """The holder is done; the lease passes to its joiner's session, or waits for one for a bounded time."""
         lease = self._of(session, lease_id)
@@ -304,12 +313,15 @@ class Store:
         return Done()
 
     def _pass_on(self, lease: Lease, now_s: float, joiner_session: str | None) -> None:
-        if joiner_session is not None:
-            granted = self.join(joiner_session, lease.joiner, lease.lease_id)
-            if isinstance(granted, Granted):
-                self._out.append(Offer(joiner_session, lease.request, granted))
-                return
-        lease.held_until_s = now_s + self._hold_s
+        if joiner_session is None or not self._pass_to(lease, joiner_session):
+            lease.held_until_s = now_s + self._hold_s
+
+    def _pass_to(self, lease: Lease, joiner_session: str) -> bool:
+        granted = self.join(joiner_session, lease.joiner, lease.lease_id)
+        if isinstance(granted, Granted):
+            self._out.append(Offer(joiner_session, lease.request, granted))
+            return True
+        return False
 
     def release(self, session: str, lease_id: int) -> Result:
         """The session does not use the lease any more. Unknown leases are released already."""

@@ -110,6 +110,7 @@ class AttachOperation(_message.Message):
     REFRESH_FIELD_NUMBER: _builtins.int
     CANCEL_ACQUIRE_FIELD_NUMBER: _builtins.int
     HAND_OFF_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.int
     """Chosen by the worker; the reply carries it back. 0: no reply wanted."""
     @_builtins.property
@@ -130,6 +131,8 @@ class AttachOperation(_message.Message):
     def cancel_acquire(self) -> Global___CancelAcquire: ...
     @_builtins.property
     def hand_off(self) -> Global___HandOffLease: ...
+    @_builtins.property
+    def offer(self) -> Global___OfferLease: ...
     def __init__(
         self,
         *,
@@ -143,12 +146,13 @@ class AttachOperation(_message.Message):
         refresh: Global___RefreshLease | None = ...,
         cancel_acquire: Global___CancelAcquire | None = ...,
         hand_off: Global___HandOffLease | None = ...,
+        offer: Global___OfferLease | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "cancel_acquire", b"cancel_acquire", "extend", b"extend", "hand_off", b"hand_off", "join", b"join", "operation", b"operation", "refresh", b"refresh", "release", b"release", "renew", b"renew", "seal", b"seal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "cancel_acquire", b"cancel_acquire", "extend", b"extend", "hand_off", b"hand_off", "join", b"join", "offer", b"offer", "operation", b"operation", "refresh", b"refresh", "release", b"release", "renew", b"renew", "seal", b"seal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "cancel_acquire", b"cancel_acquire", "extend", b"extend", "hand_off", b"hand_off", "join", b"join", "operation", b"operation", "operation_id", b"operation_id", "refresh", b"refresh", "release", b"release", "renew", b"renew", "seal", b"seal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "cancel_acquire", b"cancel_acquire", "extend", b"extend", "hand_off", b"hand_off", "join", b"join", "offer", b"offer", "operation", b"operation", "operation_id", b"operation_id", "refresh", b"refresh", "release", b"release", "renew", b"renew", "seal", b"seal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["acquire", "seal", "join", "extend", "release", "renew", "refresh", "cancel_acquire", "hand_off"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["acquire", "seal", "join", "extend", "release", "renew", "refresh", "cancel_acquire", "hand_off", "offer"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -323,6 +327,29 @@ class HandOffLease(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandOffLease: _TypeAlias = HandOffLease  # noqa: Y015
+
+@_typing.final
+class OfferLease(_message.Message):
+    """Prefill's last chunk is about to be computed: the joiner gets the block table now (LeaseGranted, operation 0) and holds
+    the lease beside prefill, so that nothing has to be asked for when the first token is there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferLease: _TypeAlias = OfferLease  # noqa: Y015
 
 @_typing.final
 class ExtendLease(_message.Message):

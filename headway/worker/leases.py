@@ -212,6 +212,11 @@ class Leases:
 
     # ------------------------------------------------------------------ giving back
 
+    def offer_to_joiner(self, active: Active) -> None:
+        """The last chunk is about to be computed: meanwhile the joiner can get the block table."""
+        if not active.replies_due:
+            self._submit(operations.offer(active.lease_id))
+
     def hand_off(self, active: Active) -> None:
         """The joiner goes on with the lease."""
         self._submit(operations.hand_off(active.lease_id))

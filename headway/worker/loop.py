@@ -26,6 +26,8 @@ from headway.worker.leases import Leases
 
 log = logging.getLogger(__name__)
 
+# A last chunk that takes longer than this is worth a message to the joiner beforehand.
+OFFER_EARLY_S = 0.005
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 Result = Drawn | None | Exception
 
@@ -174,6 +176,8 @@ class EngineLoop:
             active = self._actives[item.sequence]
             active.stepping = True
             active.started_s = active.started_s or now
+            if item.draws and active.joiner and self.times.predictor.prefill_s(item.count, item.start) > OFFER_EARLY_S:
+                self.leases.offer_to_joiner(active)
             tokens = item.sequence.tokens[item.start : item.start + item.count]
             chunks.append(Chunk(tokens, item.start, active.slots, active.draw() if item.draws else None))
         return chunks

@@ -47,6 +47,10 @@ def hand_off(lease_id: int) -> Operation:
     return Operation(hand_off=pb.HandOffLease(lease_id=lease_id))
 
 
+def offer(lease_id: int) -> Operation:
+    return Operation(offer=pb.OfferLease(lease_id=lease_id))
+
+
 def extend(lease_id: int, blocks: int, timeout_s: float) -> Operation:
     return Operation(extend=pb.ExtendLease(lease_id=lease_id, blocks=blocks, timeout_s=timeout_s))
 

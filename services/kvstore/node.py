@@ -198,10 +198,10 @@ class Node:
         if kind == "refresh":
             return store.refresh(key, operation.refresh.lease_id, operation.refresh.from_token)
         if kind == "hand_off":
-            lease = store.leases.get(operation.hand_off.lease_id)
-            return store.hand_off(
-                key, operation.hand_off.lease_id, now, self._session_of(lease.joiner if lease else "")
-            )
+            lease_id = operation.hand_off.lease_id
+            return store.hand_off(key, lease_id, now, self._joiner_of(lease_id))
+        if kind == "offer":
+            return store.offer(key, operation.offer.lease_id, self._joiner_of(operation.offer.lease_id))
         if kind == "cancel_acquire":
             cancel = operation.cancel_acquire
             store.cancel_acquire(key, (cancel.sequence_id, cancel.attempt))
@@ -211,10 +211,16 @@ class Node:
             return Done()
         raise invalid("this kvstore does not know the operation; run workers and kvstore of the same version")
 
-    def _session_of(self, worker_id: str) -> str | None:
-        """The session of an attached worker."""
-        for session in self.sessions.values():
-            if session.worker_id == worker_id and session.connected and session.pidfd is not None:
+    def _joiner_of(self, lease_id: int) -> str | None:
+        """The session of the worker that is expected to join the lease, if it is attached."""
+        lease = self.store.leases.get(lease_id)
+        for session in self.sessions.values() if lease is not None and lease.joiner else ():
+            if (
+                lease is not None
+                and session.worker_id == lease.joiner
+                and session.connected
+                and session.pidfd is not None
+            ):
                 return session.key
         return None
 

@@ -174,6 +174,19 @@ def test_handoff_passes_the_lease_to_an_attached_joiner_at_once() -> None:
     assert bench.counts() == (16, 0, 0, 0)
 
 
+def test_an_early_offer_makes_the_joiner_a_holder_beside_prefill() -> None:
+    bench = Bench()
+    lease = bench.granted("p", A, joiner="decode-0")
+    assert bench.store.offer("p", lease.lease_id, None) == Done()
+    assert bench.store.instructions() == []
+    assert bench.store.offer("p", lease.lease_id, "d") == Done()
+    assert [type(item) for item in bench.store.instructions()] == [Offer]
+    bench.store.hand_off("p", lease.lease_id, 0.0, "d")
+    assert bench.store.instructions() == []
+    bench.release("d", lease.lease_id)
+    assert bench.counts() == (16, 0, 0, 0)
+
+
 def test_a_lease_without_joiner_is_held_for_a_bounded_time() -> None:
     bench = Bench()
     lease = bench.granted("p", A, joiner="decode-0")

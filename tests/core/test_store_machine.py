@@ -74,6 +74,9 @@ class StoreMachine(RuleBasedStateMachine):
                 elif isinstance(item, Offer):
                     prompt = PROMPTS[item.request[1]]
                     sealed = item.granted.cached_tokens // BLOCK
+                    if any(lease_id == item.granted.lease_id for _, lease_id in self.held):
+                        self.joined[item.granted.lease_id] = set(item.granted.slots)
+                        continue
                     held = Held(item.session, item.granted.lease_id, prompt, list(item.granted.slots), sealed)
                     self.held[item.session, item.granted.lease_id] = held
                 elif isinstance(item, Reclaim) and (item.session, item.lease_id) in self.held:
@@ -176,10 +179,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.listen()
 
     @precondition(lambda self: self.held and "d" not in self.ghosts)
-    @rule(data=st.data())
-    def join_early(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), offered=st.booleans())
+    def join_early(self, data: st.DataObject, offered: bool) -> None:
         held = self.pick(data)
         if held.session == "d" or held.lease_id in self.joined:
+            return
+        if offered:
+            held.losers = []
+            self.store.offer(held.session, held.lease_id, "d")
+            self.listen()
             return
         result = self.store.join("d", "decode", held.lease_id)
         assert isinstance(result, Granted)
