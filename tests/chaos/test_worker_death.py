@@ -82,7 +82,7 @@ async def test_a_stopped_worker_that_wakes_up_harms_nobody(fleet: Fleet, stub: S
     try:
         out = await generate(stub, request(PROMPT, 60, placement=HINT), stop)
         assert (out.code, out.tokens) == (grpc.StatusCode.OK, expected(PROMPT, 60))
-        prompts = [[seed] * 100 for seed in range(40)]
+        prompts = [[seed] * 100 for seed in range(60)]
         running = [asyncio.create_task(generate(stub, request(prompt, 40))) for prompt in prompts]
         await asyncio.sleep(0.2)
         fleet.cont("decode-0")
