@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 
 import grpc
 import pytest
 
 from headway.fleet import Fleet
-from headway.runtime.channels import open_channel
-from headway.v1 import router_pb2, router_pb2_grpc
+from headway.v1 import router_pb2
 from tests.support import Stub, expected, generate, request, settled, sim_spec
 
 SPEC = sim_spec(1, 1, 16 << 20, "--sim-prefill", "0.03,0,0", "--sim-step", "0.01,0,0")
 APART = router_pb2.PlacementHint(force_apart=True)
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with Fleet(SPEC, tmp_path_factory.mktemp("fleet")) as fleet:
-        fleet.wait_ready(60)
-        yield fleet
-
-
-@pytest.fixture
-async def stub(fleet: Fleet) -> AsyncIterator[Stub]:
-    async with open_channel(fleet.address) as channel:
-        yield router_pb2_grpc.RouterServiceStub(channel)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
@@ -18,19 +17,6 @@ from tests.support import Stub, expected, generate, request, settled, sim_spec, 
 SPEC = sim_spec(2, 2, 2 << 20, "--sim-prefill", "0.03,0,0", "--sim-step", "0.01,0,0")
 PROMPT = list(b"The quick brown fox jumps over the lazy dog. " * 3)
 HINT = router_pb2.PlacementHint(prefill_worker="prefill-0", decode_worker="decode-0", force_apart=True)
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with Fleet(SPEC, tmp_path_factory.mktemp("fleet")) as fleet:
-        fleet.wait_ready(60)
-        yield fleet
-
-
-@pytest.fixture
-async def stub(fleet: Fleet) -> AsyncIterator[Stub]:
-    async with open_channel(fleet.address) as channel:
-        yield router_pb2_grpc.RouterServiceStub(channel)
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])

@@ -6,7 +6,6 @@ import asyncio
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
@@ -21,19 +20,6 @@ from tests.support import Stub, generate, request, settled, sim_spec
 
 SPEC = sim_spec(1, 1, 1 << 20, "--sim-context", "2048")
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with Fleet(SPEC, tmp_path_factory.mktemp("fleet")) as fleet:
-        fleet.wait_ready(60)
-        yield fleet
-
-
-@pytest.fixture
-async def stub(fleet: Fleet) -> AsyncIterator[Stub]:
-    async with open_channel(fleet.address) as channel:
-        yield router_pb2_grpc.RouterServiceStub(channel)
 
 
 def sampled(**values: float) -> router_pb2.GenerateRequest:

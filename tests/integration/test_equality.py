@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -21,32 +21,20 @@ from tests.support import Outcome, Stub, generate, request, settled
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
+SPEC = FleetSpec(prefill=1, decode=2)
 APART = router_pb2.PlacementHint(force_apart=True)
 # Of a second turn, so many tokens of the answer belong to the prompt; the rest of it has to come again.
 TURN = 24
 Wanted = list[tuple[list[int], list[float]]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def wanted() -> Wanted:
     try:
         model_folder()
     except LookupError as error:
         pytest.skip(str(error))
     return [reference(prompt) for prompt in prompts()]
-
-
-@pytest.fixture(scope="module")
-def fleet(wanted: Wanted, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with Fleet(FleetSpec(prefill=1, decode=2), tmp_path_factory.mktemp("fleet")) as fleet:
-        fleet.wait_ready(120)
-        yield fleet
-
-
-@pytest.fixture
-async def stub(fleet: Fleet) -> AsyncIterator[Stub]:
-    async with open_channel(fleet.address) as channel:
-        yield router_pb2_grpc.RouterServiceStub(channel)
 
 
 async def answers(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -12,19 +10,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from headway.fleet import Fleet
 from tests.support import sim_spec
 
+SPEC = sim_spec(1, 1, 1 << 20)
 SERVICES = {
     "router": "headway.v1.RouterService",
     "prefill-0": "headway.v1.PrefillService",
     "decode-0": "headway.v1.DecodeService",
     "kvstore": "headway.v1.KvStoreService",
 }
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with Fleet(sim_spec(1, 1, 1 << 20), tmp_path_factory.mktemp("fleet")) as fleet:
-        fleet.wait_ready(60)
-        yield fleet
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -1,0 +1,25 @@
+"""The fleet that a module's SPEC describes, and a stub of its router."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from headway.fleet import Fleet
+from headway.runtime.channels import open_channel
+from headway.v1 import router_pb2_grpc
+from tests.support import Stub
+
+
+@pytest.fixture(scope="module")
+def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(request.module.SPEC, tmp_path_factory.mktemp("fleet")) as fleet:
+        fleet.wait_ready(120)
+        yield fleet
+
+
+@pytest.fixture
+async def stub(fleet: Fleet) -> AsyncIterator[Stub]:
+    async with open_channel(fleet.address) as channel:
+        yield router_pb2_grpc.RouterServiceStub(channel)
