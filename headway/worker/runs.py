@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from headway.core.sequence import Sequence
 from headway.v1 import common_pb2
@@ -15,7 +15,16 @@ from headway.worker.loop import EngineLoop
 log = logging.getLogger(__name__)
 
 Command = TypeVar("Command")
+Command_co = TypeVar("Command_co", covariant=True)
 Event = TypeVar("Event")
+
+
+class Request(Protocol[Command_co]):
+    """A message of a Run stream."""
+
+    @property
+    def commands(self) -> Iterable[Command_co]: ...
+
 
 # A router that does not read for so long is as good as gone.
 MAX_EVENTS = 65536
@@ -49,7 +58,7 @@ class RunStream(Generic[Event]):
         self.loop.leases.release_handed_off(command.sequence_id, command.attempt)
 
     async def serve(
-        self, requests: AsyncIterator[Iterable[Command]], handle: Callable[[Command], None]
+        self, requests: AsyncIterator[Request[Command]], handle: Callable[[Command], None]
     ) -> AsyncIterator[list[Event]]:
         """Handle commands as they come and yield events in batches, until the router ends the stream or breaks it.
 
@@ -69,10 +78,10 @@ class RunStream(Generic[Event]):
                 self.loop.cancel(active)
             self.actives.clear()
 
-    async def _read(self, requests: AsyncIterator[Iterable[Command]], handle: Callable[[Command], None]) -> None:
+    async def _read(self, requests: AsyncIterator[Request[Command]], handle: Callable[[Command], None]) -> None:
         try:
-            async for commands in requests:
-                for command in commands:
+            async for request in requests:
+                for command in request.commands:
                     handle(command)
         except Exception:
             log.exception("event=run_stream_failed")

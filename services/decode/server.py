@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import grpc
@@ -132,13 +132,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request_iterator: Requests, context: object
     ) -> AsyncIterator[decode_pb2.DecodeServiceRunResponse]:
         run = DecodeRun(self._loop, self._card)
-        async for events in run.stream.serve(_commands(request_iterator), run.handle):
+        async for events in run.stream.serve(request_iterator, run.handle):
             yield decode_pb2.DecodeServiceRunResponse(events=events)
-
-
-async def _commands(requests: Requests) -> AsyncIterator[Iterable[decode_pb2.DecodeCommand]]:
-    async for request in requests:
-        yield request.commands
 
 
 def _add(server: grpc.aio.Server, loop: EngineLoop, card: ModelCard) -> None:

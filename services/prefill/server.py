@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import grpc
@@ -100,13 +100,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request_iterator: Requests, context: object
     ) -> AsyncIterator[prefill_pb2.PrefillServiceRunResponse]:
         run = PrefillRun(self._loop, self._card)
-        async for events in run.stream.serve(_commands(request_iterator), run.handle):
+        async for events in run.stream.serve(request_iterator, run.handle):
             yield prefill_pb2.PrefillServiceRunResponse(events=events)
-
-
-async def _commands(requests: Requests) -> AsyncIterator[Iterable[prefill_pb2.PrefillCommand]]:
-    async for request in requests:
-        yield request.commands
 
 
 def _add(server: grpc.aio.Server, loop: EngineLoop, card: ModelCard) -> None:
