@@ -107,24 +107,3 @@ class Lease:
     def live(self) -> bool:
         """Somebody uses it, or is about to."""
         return bool(self.holders) or self.held_until_s is not None
-
-
-@dataclass(slots=True, eq=False)
-class Waiter:
-    """An acquire or (with `lease`) an extension that waits for slots. Oldest first."""
-
-    session: str
-    operation_id: int
-    arrival_s: float
-    number: int
-    deadline_s: float
-    keys: list[bytes]
-    tokens: int
-    blocks: int
-    joiner: str = ""
-    lease: Lease | None = None
-    request: tuple[str, int] = ("", 0)
-
-    @property
-    def age(self) -> tuple[float, int]:
-        return (self.arrival_s, self.lease.lease_id if self.lease else self.number)

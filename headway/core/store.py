@@ -6,43 +6,14 @@ quarantined. `headway.core.audit` recounts all of it.
 
 from __future__ import annotations
 
-import bisect
-from dataclasses import dataclass
-
 from headway.core.blocks import BlockCache
 from headway.core.events import BlockEvents
+from headway.core.instructions import Instruction, Offer, Reclaim, Reply
 from headway.core.keys import ROOT
-from headway.core.leases import Added, Changed, Done, Granted, Lease, Problem, Refused, Result, Waiter
+from headway.core.leases import Added, Changed, Done, Granted, Lease, Problem, Refused, Result
 from headway.core.slots import SlotPool
+from headway.core.waiting import Waiter, WaitQueue
 
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The result of an operation that had to wait."""
-
-    session: str
-    operation_id: int
-    result: Result
-
-
-@dataclass(frozen=True, slots=True)
-class Reclaim:
-    """Ask the session to stop using the lease and to release it."""
-
-    session: str
-    lease_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """Tell the session that it holds the lease now, by handoff; `request` is (sequence id, attempt)."""
-
-    session: str
-    request: tuple[str, int]
-    granted: Granted
-
-
-Instruction = Reply | Reclaim | Offer
 UNKNOWN = Refused(Problem.UNKNOWN, "this lease is unknown here: it ended, or the kvstore restarted; start over")
 
 
@@ -58,7 +29,7 @@ class Store:
         self.cache = BlockCache()
         self.events = BlockEvents()
         self.leases: dict[int, Lease] = {}
-        self.waiters: list[Waiter] = []
+        self.waiters = WaitQueue()
         self.hit_tokens = self.missed_tokens = self.evicted_blocks = 0
         self._block = block_size
         self._hold_s = handoff_hold_s
@@ -119,18 +90,21 @@ class Store:
 
     def cancel_acquire(self, session: str, request: tuple[str, int]) -> None:
         """Refuse the acquires of this request that wait."""
-        mine = [w for w in self.waiters if w.lease is None and (w.session, w.request) == (session, request)]
-        self._refuse(mine, Refused(Problem.CANCELLED, "the worker cancelled this acquire"))
+        cancelled = Refused(Problem.CANCELLED, "the worker cancelled this acquire")
+        self._out += self.waiters.refuse(
+            lambda w: w.lease is None and (w.session, w.request) == (session, request), cancelled
+        )
         self._serve()
 
     def _enqueue(self, waiter: Waiter) -> Result | None:
-        if not self.waiters or waiter.age < self.waiters[0].age:
+        oldest = self.waiters.oldest
+        if oldest is None or waiter.age < oldest.age:
             result = self._grant(waiter)
             if result is not None:
                 return result
         if waiter.lease is not None and self._youngest_is(waiter.lease):
             return Refused(Problem.RECLAIMED, "older requests need the slots; start over")
-        bisect.insort(self.waiters, waiter, key=lambda w: w.age)
+        self.waiters.add(waiter)
         self._press()
         return None
 
@@ -179,15 +153,14 @@ class Store:
 
     def _serve(self) -> None:
         """Grant what waits, oldest first; nobody overtakes."""
-        while self.waiters and (result := self._grant(self.waiters[0])) is not None:
-            waiter = self.waiters.pop(0)
+        while (waiter := self.waiters.oldest) and (result := self._grant(waiter)) is not None:
+            self.waiters.remove(waiter)
             self._out.append(Reply(waiter.session, waiter.operation_id, result))
         self._press()
 
     def _press(self) -> None:
         """The oldest waiter is short of slots: take them from the youngest lease, one at a time."""
-        while self.waiters and not any(lease.reclaiming for lease in self.leases.values()):
-            waiter = self.waiters[0]
+        while (waiter := self.waiters.oldest) and not any(lease.reclaiming for lease in self.leases.values()):
             younger = [lease for lease in self.leases.values() if lease.live and lease.age > waiter.age]
             if not younger:
                 return
@@ -202,17 +175,12 @@ class Store:
 
     def _refuse_extension(self, lease: Lease) -> None:
         refused = Refused(Problem.RECLAIMED, "older requests need the slots; start over")
-        self._refuse([waiter for waiter in self.waiters if waiter.lease is lease], refused)
+        self._out += self.waiters.refuse(lambda waiter: waiter.lease is lease, refused)
 
     def _refuse_extension_of(self, session: str, lease: Lease) -> None:
         """The session gives up the lease: it needs no more slots of it."""
-        mine = [waiter for waiter in self.waiters if waiter.lease is lease and waiter.session == session]
-        self._refuse(mine, Refused(Problem.CANCELLED, "the worker gave up the lease before there were slots"))
-
-    def _refuse(self, waiters: list[Waiter], refused: Refused) -> None:
-        for waiter in waiters:
-            self.waiters.remove(waiter)
-            self._out.append(Reply(waiter.session, waiter.operation_id, refused))
+        given_up = Refused(Problem.CANCELLED, "the worker gave up the lease before there were slots")
+        self._out += self.waiters.refuse(lambda w: w.lease is lease and w.session == session, given_up)
 
     def _youngest_is(self, lease: Lease) -> bool:
         """Others are live and all of them are older."""
@@ -384,7 +352,7 @@ class Store:
         self._serve()
 
     def _leave(self, session: str, *, suspended: bool) -> None:
-        self.waiters = [waiter for waiter in self.waiters if waiter.session != session]
+        self.waiters.forget(session)
         for lease in [lease for lease in self.leases.values() if session in lease.holders]:
             lease.holders.discard(session)
             if suspended:
@@ -396,18 +364,16 @@ class Store:
         self._serve()
 
     def tick(self, now_s: float) -> None:
-        """Time passes: waiting ends with a refusal, handoff holds end, reclaims are repeated.
+        """Time passes: waiting ends with a refusal, handoff holds end.
 
-        A worker ignores a reclaim of a lease that was passed to it and that it has not begun to use.
+        Reclaims are repeated, because one may have crossed a handoff on its way.
         """
         if self.waiters:
             for lease in self.leases.values():
                 if lease.reclaiming:
                     self._out += [Reclaim(session, lease.lease_id) for session in sorted(lease.holders)]
-        for waiter in [waiter for waiter in self.waiters if waiter.deadline_s <= now_s]:
-            self.waiters.remove(waiter)
-            message = f"the slab had no room for {waiter.blocks} slots in time; try again later or enlarge slab_bytes"
-            self._out.append(Reply(waiter.session, waiter.operation_id, Refused(Problem.NO_SLOTS, message)))
+        late = Refused(Problem.NO_SLOTS, "the slab had no room in time; try again later, or enlarge slab_bytes")
+        self._out += self.waiters.refuse(lambda waiter: waiter.deadline_s <= now_s, late)
         for lease in [lease for lease in self.leases.values() if lease.held_until_s is not None]:
             if lease.held_until_s is not None and lease.held_until_s <= now_s:
                 self._end(lease)

@@ -14,10 +14,11 @@ import time
 import grpc
 
 from headway.core.audit import check_integrity
+from headway.core.instructions import Offer, Reclaim
 from headway.core.keys import split_keys
 from headway.core.leases import Done, Problem, Refused, Result
 from headway.core.model import KvFormat
-from headway.core.store import Offer, Reclaim, Store
+from headway.core.store import Store
 from headway.runtime.errors import HeadwayError, invalid
 from headway.slab.host import HostSegment, slot_stride
 from headway.v1 import kvstore_pb2 as pb

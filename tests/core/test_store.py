@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from headway.core.audit import check_integrity
+from headway.core.instructions import Offer, Reclaim, Reply
 from headway.core.keys import block_keys
 from headway.core.leases import Added, Changed, Done, Granted, Problem, Refused, Result
 from headway.core.slots import SlotPool
-from headway.core.store import Offer, Reclaim, Reply, Store
+from headway.core.store import Store
 
 BLOCK = 4
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headway.core.audit import check_integrity
+from headway.core.instructions import Offer, Reclaim, Reply
 from headway.core.keys import block_keys
 from headway.core.leases import Added, Changed, Granted, Result
-from headway.core.store import Offer, Reclaim, Reply, Store
+from headway.core.store import Store
 
 BLOCK = 4
 SLOTS = 12
@@ -274,8 +275,8 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def the_oldest_waiter_does_not_wait_for_nothing(self) -> None:
         """All sessions obey reclaims: whoever waits, waits for older leases or for what is quarantined."""
-        if self.store.waiters and not self.ghosts:
-            waiter = self.store.waiters[0]
+        waiter = self.store.waiters.oldest
+        if waiter and not self.ghosts:
             younger = [lease for lease in self.store.leases.values() if lease.live and lease.age > waiter.age]
             assert not younger or any(lease.reclaiming for lease in younger)
 
