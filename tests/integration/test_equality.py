@@ -85,17 +85,36 @@ async def test_second_turn(stub: Stub, wanted: Wanted) -> None:
     check(outs, [(tokens[TURN:], margins[TURN:]) for tokens, margins in wanted])
 
 
-async def test_chunked_and_preempted(wanted: Wanted, tmp_path: Path) -> None:
-    """Small chunks in a slab too small for all: sequences give way and are computed again."""
-    flags = ("--chunk-tokens", "48", "--growth-tokens", "16")
-    spec = FleetSpec(prefill=1, decode=1, slab_bytes=134 * 737280, worker_flags=(*flags, "--acquire-timeout-s", "500"))
-    with Fleet(spec, tmp_path) as fleet:
+async def test_chunked(wanted: Wanted, tmp_path: Path) -> None:
+    """Small chunks, in a slab that holds little more than the longest sequence."""
+    long = [at for at, prompt in enumerate(prompts()) if len(prompt) > 48]
+    await in_small_slab(134, long, wanted, tmp_path)
+
+
+async def test_preempted(wanted: Wanted, tmp_path: Path) -> None:
+    """All fit while they are prompts, half of them when they have grown: some give way and are computed again."""
+    short = [at for at, prompt in enumerate(prompts()) if len(prompt) <= 65]
+    assert sum(slots(len(prompts()[at]) + 16) for at in short) <= 56
+    assert sum(slots(len(prompts()[at]) + NEW_TOKENS) for at in short) >= 90
+    logs = await in_small_slab(56, short, wanted, tmp_path)
+    assert len(re.findall("event=preempted", logs)) >= 3
+
+
+def slots(tokens: int) -> int:
+    return -(-tokens // 16)
+
+
+async def in_small_slab(slots: int, which: list[int], wanted: Wanted, folder: Path) -> str:
+    """Those of the prompts, at once, with small chunks and growth; what the services logged."""
+    flags = ("--chunk-tokens", "48", "--growth-tokens", "16", "--acquire-timeout-s", "500")
+    spec = FleetSpec(prefill=1, decode=1, slab_bytes=slots * 737280, worker_flags=flags)
+    with Fleet(spec, folder) as fleet:
         fleet.wait_ready(120)
         async with open_channel(fleet.address) as channel:
-            check(await answers(router_pb2_grpc.RouterServiceStub(channel), prompts()), wanted)
+            outs = await answers(router_pb2_grpc.RouterServiceStub(channel), [prompts()[at] for at in which])
+            check(outs, [wanted[at] for at in which])
         await settled(fleet.kvstore_address)
-        logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
-        assert len(re.findall("event=preempted", logs)) >= 3
+        return "".join(path.read_text() for path in folder.glob("*.log"))
 
 
 async def test_sampling_with_a_seed_is_the_same_cold_cached_and_replayed(fleet: Fleet, stub: Stub) -> None:
