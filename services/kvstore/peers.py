@@ -28,6 +28,7 @@ CONNECT_S = 3.0
 PROBE_BYTES, PROBE_BLOCKS = 4 << 20, 64
 # How long a plane that broke is left alone, unless no other is left.
 REPAIR_S = 5.0
+CLEARLY = 2.0
 TRIES = 3
 
 
@@ -51,9 +52,12 @@ class _Link:
 
     @property
     def best(self) -> Plane | None:
-        """The fastest plane that works, as probed."""
-        name = max(self.planes, key=lambda name: self.rates[name], default=None)
-        return self.planes[name] if name is not None else None
+        """The first plane that works, unless a later one was much faster when probed: probes are noisy."""
+        best: Plane | None = None
+        for name, plane in self.planes.items():
+            if best is None or self.rates[name] > CLEARLY * self.rates[best.name]:
+                best = plane
+        return best
 
 
 class Peer:
@@ -65,7 +69,8 @@ class Peer:
         self._checksums = checksums
         self._numbers = itertools.count(1)
         self._link: _Link | None = None
-        self._connecting = asyncio.Lock()
+        self._ready: asyncio.Future[_Link] | None = None
+        self._repairing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._reading = 0
         self._reading_since_s = 0.0
@@ -163,12 +168,11 @@ class Peer:
         return held
 
     async def _connected(self) -> _Link:
-        async with self._connecting:
-            if self._link is None:
-                ready: asyncio.Future[_Link] = asyncio.get_running_loop().create_future()
-                self._task = asyncio.create_task(self._live(ready))
-                self._link = await ready
-            return self._link
+        if self._ready is None:
+            self._ready = asyncio.get_running_loop().create_future()
+            self._task = asyncio.create_task(self._live(self._ready))
+        # A pull that is given up meanwhile does not end the connecting, which others wait for as well.
+        return await asyncio.shield(self._ready)
 
     async def _live(self, ready: asyncio.Future[_Link]) -> None:
         """Connect, probe the planes, and take what comes until the stream breaks."""
@@ -187,6 +191,7 @@ class Peer:
                 reading = asyncio.create_task(self._take(call, link))
                 try:
                     await self._open_planes(link)
+                    self._link = link
                     ready.set_result(link)
                     await reading
                 finally:
@@ -201,10 +206,12 @@ class Peer:
 
     def _ended(self, link: _Link | None, ready: asyncio.Future[_Link], reason: str) -> None:
         log.info("peer=%s event=disconnected reason=%s", self.address, reason)
-        self._link = None
+        self._link = self._ready = None
         self.figures.plane = ""
         if not ready.done():
             ready.set_exception(PeerError(f"no connection to {self.address}: {reason}"))
+            # Whoever waited for it may be gone.
+            ready.exception()
         if link is not None:
             link.broken = True
             for plane in link.planes.values():
@@ -245,6 +252,7 @@ class Peer:
                 log.warning("peer=%s plane=%s event=plane_failed reason=%s", self.address, name, error)
             else:
                 link.planes[name] = plane
+        link.planes = {name: link.planes[name] for name in self._node.config.planes if name in link.planes}
         if link.best is None:
             raise PeerError(f"no plane works to {self.address}; tried {', '.join(self._node.config.planes)}")
         self._chose(link)
@@ -302,7 +310,7 @@ class Peer:
 
     async def _repair(self, link: _Link) -> Plane:
         """Open again what broke. Raises PeerError when no plane works."""
-        async with self._connecting:
+        async with self._repairing:
             if link.best is None or time.monotonic() - link.repaired_s >= REPAIR_S:
                 await self._open_planes(link)
         if link.best is None:

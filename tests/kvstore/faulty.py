@@ -1,12 +1,12 @@
-"""A TCP proxy that spoils what the source sends, from a given byte on."""
+"""A TCP relay that spoils what the source sends, once, when it was told to."""
 
 from __future__ import annotations
 
 import contextlib
 import enum
 import socket
+import struct
 import threading
-import time
 
 
 class Fault(enum.Enum):
@@ -17,63 +17,94 @@ class Fault(enum.Enum):
     SLOW = "bytes trickle"
 
 
-class FaultyProxy:
-    """Listens on `port`; the first connection is spoiled once `after` bytes have passed, later ones are not."""
+class Relay:
+    """Passes connections at `host`:`port` on to 127.0.0.1:`target`. After `arm`, one of them is struck."""
 
-    def __init__(self, target: int, fault: Fault, after: int) -> None:
-        self._target, self._fault, self._after = target, fault, after
-        self._listener = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, target: int, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._target = target
+        self._listener = socket.create_server((host, port))
         self.port = self._listener.getsockname()[1]
-        self._sockets: list[socket.socket] = [self._listener]
-        self.spoiled = False
+        self._threads: list[threading.Thread] = []
+        self._closed = threading.Event()
+        self._sockets: list[socket.socket] = []
+        self._fault: Fault | None = None
+        self._left = 0
+        self.struck = False
+        # Bytes from the source.
+        self.passed = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def close(self) -> None:
+    def arm(self, fault: Fault, after: int) -> None:
+        """Strike when so many more bytes have come from the source."""
+        self._left, self._fault = after, fault
+
+    def cut(self) -> None:
+        """End all connections that are open now."""
         for connection in self._sockets:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+            _shut(connection)
+
+    def close(self) -> None:
+        _shut(self._listener)
+        self._listener.close()
+        self._closed.set()
+        self.cut()
+        for thread in self._threads:
+            thread.join(5)
+        for connection in self._sockets:
             connection.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 reader, _ = self._listener.accept()
-                source = socket.create_connection(("127.0.0.1", self._target))
+                try:
+                    source = socket.create_connection(("127.0.0.1", self._target))
+                except OSError:
+                    reader.close()
+                    continue
                 self._sockets += [reader, source]
-                threading.Thread(target=self._pass, args=(reader, source), daemon=True).start()
-                threading.Thread(target=self._spoil, args=(source, reader), daemon=True).start()
+                for connection in (reader, source):
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for job, pair in ((self._pass, (reader, source)), (self._spoil, (source, reader))):
+                    self._threads.append(threading.Thread(target=job, args=pair, daemon=True))
+                    self._threads[-1].start()
 
     def _pass(self, origin: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := origin.recv(65536):
                 target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
+        _shut(target)
 
     def _spoil(self, origin: socket.socket, target: socket.socket) -> None:
-        passed = 0
         with contextlib.suppress(OSError):
-            while data := origin.recv(4096):
-                if passed + len(data) > self._after and not self.spoiled:
-                    self.spoiled = True
-                    data = self._strike(bytearray(data), target)
+            while data := origin.recv(16384):
+                self.passed += len(data)
+                if self._fault is not None:
+                    self._left -= len(data)
+                    if self._left < 0:
+                        fault, self._fault, self.struck = self._fault, None, True
+                        data = self._strike(fault, bytearray(data), target)
                 target.sendall(data)
-                passed += len(data)
-            target.shutdown(socket.SHUT_WR)
+        _shut(target)
 
-    def _strike(self, data: bytearray, target: socket.socket) -> bytes:
-        if self._fault is Fault.FLIP:
+    def _strike(self, fault: Fault, data: bytearray, target: socket.socket) -> bytes:
+        if fault is Fault.FLIP:
             data[len(data) // 2] ^= 4
-        elif self._fault is Fault.RESET:
-            target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        elif fault is Fault.RESET:
+            target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             target.close()
-        elif self._fault is Fault.TRUNCATE:
-            target.sendall(data[:100])
-            target.shutdown(socket.SHUT_RDWR)
-        elif self._fault is Fault.STALL:
-            time.sleep(30)
+        elif fault is Fault.TRUNCATE:
+            target.sendall(data[: len(data) // 2])
+            _shut(target)
+        elif fault is Fault.STALL:
+            self._closed.wait(30)
         else:
-            while data:
+            while data and not self._closed.wait(0.2):
                 target.sendall(data[:1])
                 del data[:1]
-                time.sleep(0.2)
         return bytes(data)
+
+
+def _shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

@@ -21,7 +21,7 @@ from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError
 from services.kvstore.planes.frames import pack_request
 from services.kvstore.planes.socket_plane import SocketPlane
 from services.kvstore.planes.socket_source import SocketSource
-from tests.kvstore.faulty import Fault, FaultyProxy
+from tests.kvstore.faulty import Fault, Relay
 
 SLOTS, SLOT_BYTES = 64, 200_000
 STRIDE = 204_800
@@ -112,19 +112,20 @@ async def test_a_slot_given_out_anew_is_stale(sides: tuple[Side, Side], source: 
 
 
 @pytest.mark.parametrize("fault", Fault)
-@pytest.mark.parametrize("after", [1, 5_000, 2_500_000])
+@pytest.mark.parametrize("after", [1, 50_000, 2_500_000])
 async def test_no_fault_makes_wrong_bytes_good(
     sides: tuple[Side, Side], source: SocketSource, fault: Fault, after: int
 ) -> None:
     """Whatever happens, at the first byte, in the middle of a block, in a later request: good means good."""
-    proxy = FaultyProxy(source.port, fault, after)
+    proxy = Relay(source.port)
+    proxy.arm(fault, after)
     started = time.monotonic()
     try:
         async with plane(sides, source, port=proxy.port, connections=1) as reader:
             copied = await reader.read(moves(SCATTERED), NOW)
     finally:
         proxy.close()
-    assert proxy.spoiled
+    assert proxy.struck
     assert time.monotonic() - started < 10
     assert len(copied) == SLOTS
     assert set(copied) <= {Copied.GOOD, Copied.MISSING, Copied.CORRUPT}
@@ -177,11 +178,11 @@ def connect(source: SocketSource, first: bytes) -> bytes:
     """What a stranger gets who sends this."""
     with socket.create_connection(("127.0.0.1", source.port)) as connection:
         connection.settimeout(10)
-        connection.sendall(first)
-        connection.shutdown(socket.SHUT_WR)
         try:
+            connection.sendall(first)
+            connection.shutdown(socket.SHUT_WR)
             return connection.recv(1000)
-        except ConnectionResetError:
+        except OSError:
             return b""
 
 

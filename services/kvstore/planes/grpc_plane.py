@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from headway.v1 import transfer_pb2 as pb
 from headway.v1 import transfer_pb2_grpc
 from services.kvstore.memory import SlabMemory
 from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, verdict
+
+log = logging.getLogger(__name__)
 
 # gRPC moves messages of 368 to 737 KB fastest.
 MESSAGE_BYTES = 737_280
@@ -60,17 +63,21 @@ class GrpcPlane:
             generations=[move.generation for move in moves],
             checksum=self._checksums.wanted(),
         )
+        call = self._stub.ReadBlocks(request)
         try:
             # A task of its own would go on writing; this loop stops with its caller.
-            async for piece in self._stub.ReadBlocks(request, timeout=self._timeout_s * len(moves)):
+            while (piece := await asyncio.wait_for(call.read(), self._timeout_s)) is not grpc.aio.EOF:
                 view = self._memory.view(moves[piece.index].slot)
                 end = piece.offset + len(piece.data)
                 view[piece.offset : end] = piece.data
                 if end == len(view):
                     checksum = piece.checksum if request.checksum else None
                     copied.append(verdict(view, current=piece.current, checksum=checksum))
-        except (grpc.aio.AioRpcError, ValueError, IndexError):
+        except (grpc.aio.AioRpcError, TimeoutError, ValueError, IndexError) as error:
+            log.info("event=plane_closed plane=grpc reason=%s", repr(error))
             self._closed = True
+        finally:
+            call.cancel()
         return copied + [Copied.MISSING] * (len(moves) - len(copied))
 
     def close(self) -> None:

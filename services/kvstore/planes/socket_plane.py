@@ -197,7 +197,7 @@ class SocketPlane:
         views = [self._memory.view(move.slot) for move in job.moves]
         receive_all(connection, [*views, memoryview(verdicts)])
         return [
-            verdict(view, current=bool(current), checksum=checksum if job.checksum else None)
+            verdict(view, current=current == 1, checksum=checksum if job.checksum else None)
             for view, (current, checksum) in zip(views, VERDICT.iter_unpack(verdicts), strict=True)
         ]
 
