@@ -1,0 +1,93 @@
+"""A child process that is asked one thing at a time, in lines of JSON, and ended by its own pid."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from bench.transfer.contract import MoverError, process_cpu_s
+
+ROOT = Path(__file__).resolve().parents[2]
+ANSWER_S = 120.0
+
+
+class Side:
+    """One side of a pair: `python -m bench.transfer.sides.MODULE`, run with the python that has what it needs."""
+
+    def __init__(
+        self, python: str, module: str, config: dict[str, Any], fds: list[int], env: dict[str, str] | None = None
+    ) -> None:
+        self.name = f"{module} {config.get('role', '')}".strip()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close())
+        self._process = subprocess.Popen(
+            [python, "-m", f"bench.transfer.sides.{module}", json.dumps(config)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            pass_fds=fds,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}),
+        )
+
+    @property
+    def cpu_s(self) -> float:
+        return process_cpu_s(self._process.pid)
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """The answer to a question. Raises MoverError with the end of the child's log when none comes."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failed("has ended") from None
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """The next line of the child; the first one says that it is ready."""
+        line = self._read_line()
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise self._failed(reply["error"])
+        return reply
+
+    def _read_line(self) -> bytes:
+        assert self._process.stdout is not None
+        descriptor, line, deadline = self._process.stdout.fileno(), b"", time.monotonic() + ANSWER_S
+        while not line.endswith(b"\n"):
+            if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise self._failed(f"did not answer for {ANSWER_S:.0f} s")
+            piece = os.read(descriptor, 65536)
+            if not piece:
+                raise self._failed("has ended")
+            line += piece
+        return line
+
+    def _failed(self, what: str) -> MoverError:
+        self._log.seek(0)
+        tail = self._log.read().decode(errors="replace").strip().splitlines()[-4:]
+        return MoverError(f"{self.name}: {what}" + (f" ({' | '.join(tail)})" if tail else ""))
+
+    def close(self) -> None:
+        end(self._process)
+        self._log.close()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that we started: close its input, then TERM, then KILL; always reaped."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+    for grace, signal in ((2.0, process.terminate), (3.0, process.kill)):
+        try:
+            process.wait(grace)
+            return
+        except subprocess.TimeoutExpired:
+            signal()
+    process.wait()
