@@ -1,60 +1,143 @@
-"""A mover of two child processes over the shared slabs: what raw TCP, NIXL, Mooncake and Redis have in common."""
+"""A mover of two child processes over the shared slabs: what raw TCP, NIXL, Mooncake and Redis have in common.
+
+A candidate is a way of starting the pair and of asking it. All candidates are started, tried at every size, and the
+best one of a size is used for it. Pairs that poll are stopped (SIGSTOP) while others have their turn.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
-from bench.transfer.contract import BLOCK_BYTES, Mover, Sample
+from bench.report import median
+from bench.transfer.contract import BLOCK_BYTES, Mover, MoverError, Sample
 from bench.transfer.process import Side
 from bench.transfer.slabs import Slabs
+
+Options = tuple[tuple[str, Any], ...]
+FINALISTS = 3
+SIZE_OF_ALL_TRIALS = 64  # blocks; above it only the finalists of the size before are tried
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Options that the sides are started with, environment variables of both, and options of every question."""
+
+    config: Options = ()
+    env: Options = ()
+    question: Options = ()
+
+    @property
+    def launch(self) -> tuple[Options, Options]:
+        return self.config, self.env
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.config) | dict(self.env) | dict(self.question)
 
 
 class PairMover(Mover):
     """Source and target are child processes; the source is asked to move and measures the seconds by itself."""
 
-    def __init__(self, slabs: Slabs) -> None:
+    polls = False  # whether its threads burn CPU while nothing moves
+
+    def __init__(self, slabs: Slabs, python: str) -> None:
         self.slabs = slabs
+        self.python = python
         self.setting = {}
-        self.source: Side | None = None
-        self.target: Side | None = None
+        self.ranked: dict[int, list[Candidate]] = {}
+        self._pairs: dict[tuple[Options, Options], tuple[Side, Side]] = {}
+        self._sides: list[Side] = []
 
     @abstractmethod
-    def question(self, blocks: int) -> dict[str, Any]:
-        """What the source is asked, beside the number of blocks."""
+    def candidates(self) -> list[Candidate]:
+        """What may be tried, the likely best first."""
 
-    def config(self, role: str) -> dict[str, Any]:
-        """What every side needs to know."""
+    @abstractmethod
+    def start(self, candidate: Candidate) -> tuple[Side, Side]:
+        """Start source and target with `side`, and connect them."""
+
+    def open(self) -> None:
+        for candidate in self.candidates():
+            if candidate.launch not in self._pairs:
+                self._pairs[candidate.launch] = pair = self.start(candidate)
+                self._rest(pair)
+
+    def side(self, module: str, role: str, candidate: Candidate, **more: Any) -> Side:
+        """Start one side and wait until it is ready."""
         slabs = self.slabs
-        return {
+        descriptor = slabs.source_fd if role == "source" else slabs.target_fd
+        config = {
             "role": role,
-            "fd": slabs.source_fd if role == "source" else slabs.target_fd,
+            "fd": descriptor,
             "slab_bytes": slabs.bytes,
             "stride": slabs.stride,
             "block_bytes": BLOCK_BYTES,
             "source_slots": slabs.source_slots,
             "target_slots": slabs.target_slots,
         }
+        config |= dict(candidate.config) | more
+        side = Side(self.python, module, config, [descriptor], dict(candidate.env))
+        self._sides.append(side)
+        side.answer()
+        return side
+
+    def close(self) -> None:
+        for side in self._sides:
+            side.close()
+        self._sides, self._pairs = [], {}
+
+    def tune(self, sizes: list[int]) -> None:
+        """Try all candidates of a size twice, the best three thrice more, and keep the order."""
+        before: list[Candidate] = []
+        for blocks in sorted(sizes):
+            trial = before if before and blocks > SIZE_OF_ALL_TRIALS else self.candidates()
+            first = {candidate: min(self._seconds(candidate, blocks, 2)) for candidate in trial}
+            finalists = sorted(first, key=lambda candidate: first[candidate])[:FINALISTS]
+            final = {candidate: median(self._seconds(candidate, blocks, 3)) for candidate in finalists}
+            self.ranked[blocks] = sorted(final, key=lambda candidate: final[candidate])
+            before = self.ranked[blocks] if blocks >= SIZE_OF_ALL_TRIALS else []
+            tried = [{**c.as_dict(), "gb_s": round(blocks * BLOCK_BYTES / first[c] / 1e9, 3)} for c in trial]
+            self.setting[str(blocks)] = {"best": self.ranked[blocks][0].as_dict(), "tried": tried}
+
+    def _seconds(self, candidate: Candidate, blocks: int, repeats: int) -> list[float]:
+        """Seconds of several moves; infinite where the candidate fails, so that it is never chosen."""
+        try:
+            return [self._move(candidate, blocks).seconds for _ in range(repeats)]
+        except MoverError as error:
+            self.setting.setdefault("failed", {})[str(candidate.as_dict())] = str(error)
+            return [float("inf")]
 
     def move(self, blocks: int) -> Sample:
-        assert self.source is not None
-        assert self.target is not None
-        before = self.source.cpu_s, self.target.cpu_s, self.cpu_between_s()
-        answer = self.source.ask(blocks=blocks, **self.question(blocks))
-        after = self.source.cpu_s, self.target.cpu_s, self.cpu_between_s()
-        source, target, between = (late - early for early, late in zip(before, after, strict=True))
-        return Sample(answer["seconds"], source, target, between)
+        best = self.ranked.get(blocks) or self.candidates()
+        return self._move(best[0], blocks)
+
+    def _move(self, candidate: Candidate, blocks: int) -> Sample:
+        source, target = self._pairs[candidate.launch]
+        self._wake((source, target))
+        before = source.cpu_s, target.cpu_s, self.cpu_between_s()
+        answer = source.ask(blocks=blocks, **dict(candidate.question))
+        after = source.cpu_s, target.cpu_s, self.cpu_between_s()
+        self._rest((source, target))
+        at_source, at_target, between = (late - early for early, late in zip(before, after, strict=True))
+        return Sample(answer["seconds"], at_source, at_target, between)
+
+    def _wake(self, pair: tuple[Side, Side]) -> None:
+        if self.polls:
+            for side in pair:
+                side.resume()
+            pair[1].ask()  # it runs again once it answers
+
+    def _rest(self, pair: tuple[Side, Side]) -> None:
+        if self.polls:
+            for side in pair:
+                side.pause()
 
     def cpu_between_s(self) -> float:
+        """CPU seconds so far of a server between the two sides."""
         return 0.0
 
     def verify(self, blocks: int) -> None:
         self.slabs.clear_target()
         self.move(blocks)
         self.slabs.check_scattered(blocks)
-
-    def close(self) -> None:
-        for side in (self.source, self.target):
-            if side is not None:
-                side.close()
-        self.source = self.target = None

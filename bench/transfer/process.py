@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import tempfile
 import time
@@ -14,7 +15,7 @@ from typing import IO, Any
 from bench.transfer.contract import MoverError, process_cpu_s
 
 ROOT = Path(__file__).resolve().parents[2]
-ANSWER_S = 120.0
+ANSWER_S = 60.0
 
 
 class Side:
@@ -74,7 +75,15 @@ class Side:
         tail = self._log.read().decode(errors="replace").strip().splitlines()[-4:]
         return MoverError(f"{self.name}: {what}" + (f" ({' | '.join(tail)})" if tail else ""))
 
+    def pause(self) -> None:
+        """Stop its threads, all of them, until `resume`: a peer that polls must not take the others' cores."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
     def close(self) -> None:
+        self.resume()
         end(self._process)
         self._log.close()
 
@@ -84,10 +93,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
-    for grace, signal in ((2.0, process.terminate), (3.0, process.kill)):
+    for grace, stop in ((2.0, process.terminate), (3.0, process.kill)):
         try:
             process.wait(grace)
             return
         except subprocess.TimeoutExpired:
-            signal()
+            stop()
     process.wait()

@@ -71,7 +71,11 @@ def source(config: dict[str, Any], slab: Slab) -> Handler:
             raise ConnectionError("the target has gone")
 
     def move(question: dict[str, Any]) -> Answer:
-        size, connections, piece = question["bytes"], question["connections"], question["piece"]
+        size, connections, piece = (
+            question["blocks"] * config["block_bytes"],
+            question["connections"],
+            question["piece"],
+        )
         cuts = [size * index // connections // 4096 * 4096 for index in range(connections)] + [size]
         started = time.perf_counter()
         others = [pool.submit(send, links[i], cuts[i], cuts[i + 1], piece) for i in range(1, connections)]
