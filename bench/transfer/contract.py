@@ -42,6 +42,8 @@ class Mover(ABC):
 
     name: str
     setting: dict[str, Any]
+    quick: bool = False  # try fewer settings
+    least_blocks: int = 1  # smaller moves mean nothing to it
 
     @abstractmethod
     def open(self) -> None:

@@ -12,11 +12,12 @@ MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
 ENV = (("UCX_NET_DEVICES", "lo"), ("NIXL_LOG_LEVEL", "WARN"), ("UCX_LOG_LEVEL", "error"))
 #         op, progress thread of the beginner, seconds between two looks at the state (0: as fast as it can)
 WAYS = (
-    ("WRITE", True, 1e-4),
     ("WRITE", False, 1e-4),
-    ("WRITE", True, 0.0),
     ("WRITE", False, 0.0),
+    ("WRITE", True, 1e-4),
+    ("WRITE", True, 0.0),
     ("READ", True, 1e-4),
+    ("READ", False, 1e-4),
 )
 
 
@@ -25,7 +26,7 @@ class Nixl(PairMover):
 
     polls = True
 
-    def __init__(self, slabs: Slabs, python: str, name: str, tls: str) -> None:
+    def __init__(self, slabs: Slabs, python: str | None, name: str, tls: str) -> None:
         super().__init__(slabs, python)
         self.name = name
         self.tls = tls
@@ -55,11 +56,11 @@ class Nixl(PairMover):
         return sample
 
 
-def nixl_tcp(slabs: Slabs, python: str) -> Nixl:
+def nixl_tcp(slabs: Slabs, python: str | None) -> Nixl:
     """UCX may use TCP only: what two hosts without RDMA have."""
     return Nixl(slabs, python, "nixl_tcp", "tcp")
 
 
-def nixl_ucx_choice(slabs: Slabs, python: str) -> Nixl:
+def nixl_ucx_choice(slabs: Slabs, python: str | None) -> Nixl:
     """UCX may use all it has: on one host it takes shortcuts that two hosts do not have."""
     return Nixl(slabs, python, "nixl_ucx_choice", "all")

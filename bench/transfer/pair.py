@@ -39,11 +39,12 @@ class Candidate:
 class PairMover(Mover):
     """Source and target are child processes; the source is asked to move and measures the seconds by itself."""
 
+    quick_candidates = 2  # how many of them a quick run tries
     polls = False  # whether its threads burn CPU while nothing moves
 
-    def __init__(self, slabs: Slabs, python: str) -> None:
+    def __init__(self, slabs: Slabs, python: str | None) -> None:
         self.slabs = slabs
-        self.python = python
+        self.python = python or ""
         self.setting = {}
         self.ranked: dict[int, list[Candidate]] = {}
         self._pairs: dict[tuple[Options, Options], tuple[Side, Side]] = {}
@@ -57,8 +58,12 @@ class PairMover(Mover):
     def start(self, candidate: Candidate) -> tuple[Side, Side]:
         """Start source and target with `side`, and connect them."""
 
+    def tried(self) -> list[Candidate]:
+        """The candidates of this run."""
+        return self.candidates()[: self.quick_candidates] if self.quick else self.candidates()
+
     def open(self) -> None:
-        for candidate in self.candidates():
+        for candidate in self.tried():
             if candidate.launch not in self._pairs:
                 self._pairs[candidate.launch] = pair = self.start(candidate)
                 self._rest(pair)
@@ -91,14 +96,16 @@ class PairMover(Mover):
         """Try all candidates of a size twice, the best three thrice more, and keep the order."""
         before: list[Candidate] = []
         for blocks in sorted(sizes):
-            trial = before if before and blocks > SIZE_OF_ALL_TRIALS else self.candidates()
+            trial = before if before and blocks > SIZE_OF_ALL_TRIALS else self.tried()
             first = {candidate: min(self._seconds(candidate, blocks, 2)) for candidate in trial}
             finalists = sorted(first, key=lambda candidate: first[candidate])[:FINALISTS]
+            if first[finalists[0]] == float("inf"):
+                raise MoverError(f"{self.name}: no setting works: {self.setting['failed']}")
             final = {candidate: median(self._seconds(candidate, blocks, 3)) for candidate in finalists}
             self.ranked[blocks] = sorted(final, key=lambda candidate: final[candidate])
             before = self.ranked[blocks] if blocks >= SIZE_OF_ALL_TRIALS else []
-            tried = [{**c.as_dict(), "gb_s": round(blocks * BLOCK_BYTES / first[c] / 1e9, 3)} for c in trial]
-            self.setting[str(blocks)] = {"best": self.ranked[blocks][0].as_dict(), "tried": tried}
+            trials = [{**c.as_dict(), "gb_s": round(blocks * BLOCK_BYTES / first[c] / 1e9, 3)} for c in trial]
+            self.setting[str(blocks)] = {"best": self.ranked[blocks][0].as_dict(), "tried": trials}
 
     def _seconds(self, candidate: Candidate, blocks: int, repeats: int) -> list[float]:
         """Seconds of several moves; infinite where the candidate fails, so that it is never chosen."""
@@ -109,7 +116,7 @@ class PairMover(Mover):
             return [float("inf")]
 
     def move(self, blocks: int) -> Sample:
-        best = self.ranked.get(blocks) or self.candidates()
+        best = self.ranked.get(blocks) or self.tried()
         return self._move(best[0], blocks)
 
     def _move(self, candidate: Candidate, blocks: int) -> Sample:

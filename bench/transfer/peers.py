@@ -14,9 +14,9 @@ print("found", *(f"{name}=={importlib.metadata.version(name)}" for name in names
 """
 
 
-def version_of(python: str | None, module: str) -> str:
+def version_of(python: str, module: str) -> str:
     """The distribution and version that has `module` in that python. Raises SkipError with what the import said."""
-    if python is None:
+    if not python:
         raise SkipError("no python of the peers is given (--peers-python or HEADWAY_PEERS_PYTHON)")
     try:
         run = subprocess.run([python, "-c", PROBE, module], capture_output=True, text=True, timeout=60, check=False)
@@ -28,7 +28,7 @@ def version_of(python: str | None, module: str) -> str:
     return found[-1].removeprefix("found ")
 
 
-def first_version(python: str | None, modules: tuple[str, ...]) -> tuple[str, str]:
+def first_version(python: str, modules: tuple[str, ...]) -> tuple[str, str]:
     """(module, version) of the first of several modules that is there. Raises SkipError."""
     for module in modules[:-1]:
         try:

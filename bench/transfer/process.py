@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,7 +39,11 @@ class Side:
 
     @property
     def cpu_s(self) -> float:
-        return process_cpu_s(self._process.pid)
+        """CPU seconds that the process has used so far."""
+        try:
+            return process_cpu_s(self._process.pid)
+        except OSError:
+            raise self._failed("has ended") from None
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """The answer to a question. Raises MoverError with the end of the child's log when none comes."""
@@ -92,7 +97,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
     """End a process that we started: close its input, then TERM, then KILL; always reaped."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            pipe.close()
+            with suppress(BrokenPipeError):
+                pipe.close()
     for grace, stop in ((2.0, process.terminate), (3.0, process.kill)):
         try:
             process.wait(grace)

@@ -12,19 +12,22 @@ from bench.transfer.pair import Candidate, PairMover
 from bench.transfer.process import Side
 
 CONNECTIONS = (1, 2, 4)
-PIECES = (1 << 20, 256 << 10, 4 << 20)
+PIECES = (4 << 20, 256 << 10, 1 << 20)
 BUFFERS = (0, 4 << 20)  # bytes asked for; 0: tuned by the kernel
+# "some": a receive returns with what is there; "all": with all of its bytes; "spin": neither side ever sleeps in a move
+WAITS = ("some", "spin", "all")
 
 
 class RawTcp(PairMover):
     """Sends from the beginning of the source slab into the beginning of the target slab; nothing is scattered."""
 
     name = "raw_tcp"
+    quick_candidates = 12  # one connection, asleep and spinning
 
     def candidates(self) -> list[Candidate]:
         return [
-            Candidate(config=(("buffer", buffer),), question=(("connections", connections), ("piece", piece)))
-            for connections, piece, buffer in itertools.product(CONNECTIONS, PIECES, BUFFERS)
+            Candidate((("buffer", buffer), ("wait", wait)), (), (("connections", connections), ("piece", piece)))
+            for connections, wait, piece, buffer in itertools.product(CONNECTIONS, WAITS, PIECES, BUFFERS)
         ]
 
     def start(self, candidate: Candidate) -> tuple[Side, Side]:

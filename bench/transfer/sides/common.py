@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 Answer = dict[str, Any]
 Handler = Callable[[dict[str, Any]], Answer]
@@ -18,9 +18,12 @@ Handler = Callable[[dict[str, Any]], Answer]
 class Slab:
     """A slab that the parent made, mapped and populated here: `view` (bytes) and `address` of its first byte."""
 
+    kept: ClassVar[list[mmap.mmap]] = []  # native code has the address only, so the mapping lives as long as we do
+
     def __init__(self, descriptor: int, size: int) -> None:
         self.bytes = size
         self.memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self.kept.append(self.memory)
         self.view = memoryview(self.memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 

@@ -34,13 +34,18 @@ def target(config: dict[str, Any], slab: Slab) -> Handler:
     listener = socket.create_server(("127.0.0.1", 0))
     set_buffer(listener, socket.SO_RCVBUF, config["buffer"])
 
+    flags = {"all": socket.MSG_WAITALL, "some": 0, "spin": socket.MSG_DONTWAIT}[config["wait"]]
+
     def receive(link: socket.socket) -> None:
         header = bytearray(HEADER.size)
         while link.recv_into(header, HEADER.size, socket.MSG_WAITALL) == HEADER.size:
             at, size, piece = HEADER.unpack(header)
             end = at + size
             while at < end:
-                at += link.recv_into(slab.view[at:end], min(piece, end - at), socket.MSG_WAITALL)
+                try:
+                    at += link.recv_into(slab.view[at:end], min(piece, end - at), flags)
+                except BlockingIOError:
+                    continue
             link.sendall(b"\x06")
 
     def accept() -> None:
@@ -59,14 +64,16 @@ def source(config: dict[str, Any], slab: Slab) -> Handler:
         set_buffer(link, socket.SO_SNDBUF, config["buffer"])
         link.connect(("127.0.0.1", config["port"]))
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    flags = socket.MSG_DONTWAIT if config["wait"] == "spin" else 0
     pool = ThreadPoolExecutor(MOST_CONNECTIONS)
 
     def send(link: socket.socket, at: int, end: int, piece: int) -> None:
         link.sendall(HEADER.pack(at, end - at, piece), socket.MSG_MORE)
         while at < end:
-            upto = min(at + piece, end)
-            link.sendall(slab.view[at:upto])
-            at = upto
+            try:
+                at += link.send(slab.view[at : min(at + piece, end)], flags)
+            except BlockingIOError:
+                continue
         if link.recv(1) != b"\x06":
             raise ConnectionError("the target has gone")
 
