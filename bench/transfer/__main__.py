@@ -21,7 +21,7 @@ from bench.transfer.contract import BLOCK_TOKENS, Mover, MoverError, Sample, Ski
 from bench.transfer.iperf3 import Iperf3
 from bench.transfer.memcpy import Memcpy
 from bench.transfer.mooncake_peer import Mooncake
-from bench.transfer.nixl_peer import nixl_tcp, nixl_ucx_choice
+from bench.transfer.nixl_peer import nixl_tcp, nixl_tcp_read, nixl_ucx_choice
 from bench.transfer.raw_tcp import RawTcp
 from bench.transfer.redis_peer import Redis
 from bench.transfer.slabs import Slabs
@@ -33,7 +33,7 @@ QUICK_ROUNDS = {1: 15, 64: 7, 512: 3}
 BOX_BOUND = 0.9
 PeerMaker = Callable[[Slabs, str | None], Mover]
 PEERS: dict[str, tuple[PeerMaker, ...]] = {
-    "nixl": (nixl_tcp, nixl_ucx_choice),
+    "nixl": (nixl_tcp, nixl_tcp_read, nixl_ucx_choice),
     "mooncake": (Mooncake,),
     "redis": (Redis,),
 }

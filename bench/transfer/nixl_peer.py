@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bench.transfer.contract import Sample
 from bench.transfer.pair import Candidate, PairMover
 from bench.transfer.peers import first_version
@@ -11,7 +13,8 @@ from bench.transfer.slabs import Slabs
 MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
 ENV = (("UCX_NET_DEVICES", "lo"), ("NIXL_LOG_LEVEL", "WARN"), ("UCX_LOG_LEVEL", "error"))
 #         op, progress thread of the beginner, seconds between two looks at the state (0: as fast as it can)
-WAYS = (
+Way = tuple[str, bool, float]
+WAYS: tuple[Way, ...] = (
     ("WRITE", False, 1e-4),
     ("WRITE", False, 0.0),
     ("WRITE", True, 1e-4),
@@ -26,14 +29,17 @@ class Nixl(PairMover):
 
     polls = True
 
-    def __init__(self, slabs: Slabs, python: str | None, name: str, tls: str) -> None:
+    def __init__(self, slabs: Slabs, python: str | None, name: str, tls: str, ways: Sequence[Way] = WAYS) -> None:
         super().__init__(slabs, python)
         self.name = name
         self.tls = tls
+        self.ways = ways
 
     def candidates(self) -> list[Candidate]:
         env = (*ENV, ("UCX_TLS", self.tls))
-        return [Candidate((("op", op), ("progress", progress), ("poll_s", poll)), env) for op, progress, poll in WAYS]
+        return [
+            Candidate((("op", op), ("progress", progress), ("poll_s", poll)), env) for op, progress, poll in self.ways
+        ]
 
     def open(self) -> None:
         self.module, self.setting["version"] = first_version(self.python, MODULES)
@@ -59,6 +65,11 @@ class Nixl(PairMover):
 def nixl_tcp(slabs: Slabs, python: str | None) -> Nixl:
     """UCX may use TCP only: what two hosts without RDMA have."""
     return Nixl(slabs, python, "nixl_tcp", "tcp")
+
+
+def nixl_tcp_read(slabs: Slabs, python: str | None) -> Nixl:
+    """TCP only and READ only: how serving engines that pull use it."""
+    return Nixl(slabs, python, "nixl_tcp_read", "tcp", [way for way in WAYS if way[0] == "READ"])
 
 
 def nixl_ucx_choice(slabs: Slabs, python: str | None) -> Nixl:

@@ -16,7 +16,7 @@ from bench.transfer.process import Side
 from bench.transfer.slabs import Slabs
 
 Options = tuple[tuple[str, Any], ...]
-FINALISTS = 3
+FINALISTS = 4
 SIZE_OF_ALL_TRIALS = 64  # blocks; above it only the finalists of the size before are tried
 
 
@@ -93,7 +93,7 @@ class PairMover(Mover):
         self._sides, self._pairs = [], {}
 
     def tune(self, sizes: list[int]) -> None:
-        """Try all candidates of a size twice, the best three thrice more, and keep the order."""
+        """Try all candidates of a size twice, the best few thrice more, and keep the order."""
         before: list[Candidate] = []
         for blocks in sorted(sizes):
             trial = before if before and blocks > SIZE_OF_ALL_TRIALS else self.tried()

@@ -1,6 +1,6 @@
 """The limit of TCP on loopback: contiguous and touched buffers, 1, 2 or 4 connections, 256 KiB to 4 MiB a call.
 
-Socket buffers that the kernel tunes and fixed ones of 4 MiB are tried too. The best of all stays.
+Socket buffers that the kernel tunes and fixed ones are tried too, and ways of waiting. The best of all stays.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from bench.transfer.pair import Candidate, PairMover
 from bench.transfer.process import Side
 
 CONNECTIONS = (1, 2, 4)
-PIECES = (4 << 20, 256 << 10, 1 << 20)
-BUFFERS = (0, 4 << 20)  # bytes asked for; 0: tuned by the kernel
+PIECES = (BLOCK_BYTES, 1 << 20, 4 << 20, 256 << 10)
+BUFFERS = (1 << 20, 0, 4 << 20)  # bytes asked for; 0: tuned by the kernel
 # "some": a receive returns with what is there; "all": with all of its bytes; "spin": neither side ever sleeps in a move
-WAITS = ("some", "spin", "all")
+WAITS = ("all", "spin", "some")
 
 
 class RawTcp(PairMover):
     """Sends from the beginning of the source slab into the beginning of the target slab; nothing is scattered."""
 
     name = "raw_tcp"
-    quick_candidates = 12  # one connection, asleep and spinning
+    quick_candidates = 6
 
     def candidates(self) -> list[Candidate]:
         return [
