@@ -12,7 +12,7 @@ from bench.transfer.slabs import Slabs
 
 MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
 ENV = (("UCX_NET_DEVICES", "lo"), ("NIXL_LOG_LEVEL", "WARN"), ("UCX_LOG_LEVEL", "error"))
-#         op, progress thread of the beginner, seconds between two looks at the state (0: as fast as it can)
+# op, progress thread of the beginner, seconds between two looks at the state (0: as fast as it can)
 Way = tuple[str, bool, float]
 WAYS: tuple[Way, ...] = (
     ("WRITE", False, 1e-4),

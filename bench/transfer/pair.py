@@ -16,7 +16,7 @@ from bench.transfer.process import Side
 from bench.transfer.slabs import Slabs
 
 Options = tuple[tuple[str, Any], ...]
-FINALISTS = 4
+FIRST_REPEATS, FINALISTS, FINAL_REPEATS = 3, 4, 5
 SIZE_OF_ALL_TRIALS = 64  # blocks; above it only the finalists of the size before are tried
 
 
@@ -93,27 +93,34 @@ class PairMover(Mover):
         self._sides, self._pairs = [], {}
 
     def tune(self, sizes: list[int]) -> None:
-        """Try all candidates of a size twice, the best few thrice more, and keep the order."""
+        """Try all candidates of a size, then the best few more often, and keep their order."""
         before: list[Candidate] = []
         for blocks in sorted(sizes):
-            trial = before if before and blocks > SIZE_OF_ALL_TRIALS else self.tried()
-            first = {candidate: min(self._seconds(candidate, blocks, 2)) for candidate in trial}
-            finalists = sorted(first, key=lambda candidate: first[candidate])[:FINALISTS]
-            if first[finalists[0]] == float("inf"):
-                raise MoverError(f"{self.name}: no setting works: {self.setting['failed']}")
-            final = {candidate: median(self._seconds(candidate, blocks, 3)) for candidate in finalists}
+            first: dict[Candidate, float] = {}
+            finalists = before
+            if not before or blocks <= SIZE_OF_ALL_TRIALS:
+                first = self._trial(self.tried(), blocks, FIRST_REPEATS)
+                finalists = sorted(first, key=lambda candidate: first[candidate])[:FINALISTS]
+            final = self._trial(finalists, blocks, FINAL_REPEATS)
             self.ranked[blocks] = sorted(final, key=lambda candidate: final[candidate])
             before = self.ranked[blocks] if blocks >= SIZE_OF_ALL_TRIALS else []
-            trials = [{**c.as_dict(), "gb_s": round(blocks * BLOCK_BYTES / first[c] / 1e9, 3)} for c in trial]
+            speeds = {c: round(blocks * BLOCK_BYTES / seconds / 1e9, 3) for c, seconds in (first | final).items()}
+            trials = [{**candidate.as_dict(), "gb_s": speed} for candidate, speed in speeds.items()]
             self.setting[str(blocks)] = {"best": self.ranked[blocks][0].as_dict(), "tried": trials}
 
-    def _seconds(self, candidate: Candidate, blocks: int, repeats: int) -> list[float]:
-        """Seconds of several moves; infinite where the candidate fails, so that it is never chosen."""
-        try:
-            return [self._move(candidate, blocks).seconds for _ in range(repeats)]
-        except MoverError as error:
-            self.setting.setdefault("failed", {})[str(candidate.as_dict())] = str(error)
-            return [float("inf")]
+    def _trial(self, candidates: list[Candidate], blocks: int, repeats: int) -> dict[Candidate, float]:
+        """Median seconds of each candidate that works, in turns. Raises MoverError where none does."""
+        seconds: dict[Candidate, list[float]] = {candidate: [] for candidate in candidates}
+        for _ in range(repeats):
+            for candidate in list(seconds):
+                try:
+                    seconds[candidate].append(self._move(candidate, blocks).seconds)
+                except MoverError as error:
+                    self.setting.setdefault("failed", {})[str(candidate.as_dict())] = str(error)
+                    del seconds[candidate]
+        if not seconds:
+            raise MoverError(f"{self.name}: no setting works: {self.setting['failed']}")
+        return {candidate: median(values) for candidate, values in seconds.items()}
 
     def move(self, blocks: int) -> Sample:
         best = self.ranked.get(blocks) or self.tried()
