@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from bench.transfer.contract import BLOCK_BYTES, Mover, MoverError, Sample, SkipError
-from bench.transfer.process import end
+from bench.transfer.process import end, start_server
 
 STREAMS = (1, 2, 4)
 PIECES = ("256K", "1M")  # 1 MiB is the most that it takes
@@ -44,8 +44,7 @@ class Iperf3(Mover):
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
         command = [binary, "-s", "-B", "127.0.0.1", "-p", str(self._port)]
-        nothing = subprocess.DEVNULL
-        self._server = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing)
+        self._server = start_server(command)
         self._wait_ready()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -17,6 +18,11 @@ from bench.transfer.contract import MoverError, process_cpu_s
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER_S = 60.0
+DIE_WITH_US = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG survives the exec
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Side:
@@ -91,6 +97,14 @@ class Side:
         self.resume()
         end(self._process)
         self._log.close()
+
+
+def start_server(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start a program that is not ours; it dies with us, however we die."""
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(
+        [sys.executable, "-c", DIE_WITH_US, *command], stdin=nothing, stdout=nothing, stderr=nothing
+    )
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

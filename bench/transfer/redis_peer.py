@@ -11,7 +11,7 @@ import time
 from bench.transfer.contract import MoverError, SkipError, process_cpu_s
 from bench.transfer.pair import Candidate, PairMover
 from bench.transfer.peers import version_of
-from bench.transfer.process import Side, end
+from bench.transfer.process import Side, end, start_server
 from bench.transfer.slabs import Slabs
 
 BATCHES = (4, 1, 16)  # blocks
@@ -72,7 +72,7 @@ def _start_server(binary: str, io_threads: int) -> tuple[subprocess.Popen[bytes]
         port = free.getsockname()[1]
     options = f"--bind 127.0.0.1 --port {port} --save --appendonly no --io-threads {io_threads}".split()
     options.insert(options.index("--save") + 1, "")
-    process = subprocess.Popen([binary, *options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = start_server([binary, *options])
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         try:

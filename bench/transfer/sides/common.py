@@ -6,11 +6,13 @@ import ctypes
 import json
 import mmap
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+PR_SET_PDEATHSIG = 1
 Answer = dict[str, Any]
 Handler = Callable[[dict[str, Any]], Answer]
 
@@ -30,6 +32,7 @@ class Slab:
 
 def serve(start: Callable[[dict[str, Any]], Handler]) -> None:
     """Build the side from its configuration, say that it is ready, answer until the parent closes our input."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # even while stopped, we die with the parent
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a native library prints is log, not an answer
 
