@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -110,6 +111,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.callback(slabs.close)
         contest = Contest(movers, stack)
+        with busy_share() as others:
+            time.sleep(1)
         samples, busy = contest.play(QUICK_ROUNDS if arguments.quick else ROUNDS)
     bound = sorted(tokens for tokens, share in busy.items() if share > BOX_BOUND)
     if bound:
@@ -120,6 +123,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": summary.rows(samples),
         "over_raw_tcp": summary.over_raw_tcp(samples),
         "cpu_busy_share": busy,
+        "cpu_busy_share_while_nothing_moved": round(others["busy"], 3),
         "cpu_bound_tokens": bound,
         "settings": {mover.name: mover.setting for mover in contest.ready},
         "marks": summary.marks(samples),

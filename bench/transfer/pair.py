@@ -39,7 +39,7 @@ class Candidate:
 class PairMover(Mover):
     """Source and target are child processes; the source is asked to move and measures the seconds by itself."""
 
-    quick_candidates = 2  # how many of them a quick run tries
+    quick_candidates = 1  # how many of them a quick run tries
     polls = False  # whether its threads burn CPU while nothing moves
 
     def __init__(self, slabs: Slabs, python: str | None) -> None:
