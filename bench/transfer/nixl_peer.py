@@ -19,8 +19,8 @@ WAYS: tuple[Way, ...] = (
     ("WRITE", False, 0.0),
     ("WRITE", True, 1e-4),
     ("WRITE", True, 0.0),
-    ("READ", True, 1e-4),
     ("READ", False, 1e-4),
+    ("READ", True, 1e-4),
 )
 
 

@@ -22,7 +22,7 @@ class RawTcp(PairMover):
     """Sends from the beginning of the source slab into the beginning of the target slab; nothing is scattered."""
 
     name = "raw_tcp"
-    quick_candidates = 6
+    quick_candidates = 24  # one connection, asleep and spinning
 
     def candidates(self) -> list[Candidate]:
         return [
