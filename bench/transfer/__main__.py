@@ -23,10 +23,12 @@ from bench.transfer.iperf3 import Iperf3
 from bench.transfer.memcpy import Memcpy
 from bench.transfer.mooncake_peer import Mooncake
 from bench.transfer.nixl_peer import nixl_tcp, nixl_tcp_read, nixl_ucx_choice
+from bench.transfer.plane import PlaneMover
 from bench.transfer.raw_tcp import RawTcp
 from bench.transfer.redis_peer import Redis
 from bench.transfer.slabs import Slabs
 
+PLANES = ("socket", "grpc")
 SIZES = [1, 64, 512]  # blocks
 SLOTS = 576
 ROUNDS = {1: 100, 64: 30, 512: 10}
@@ -41,9 +43,10 @@ PEERS: dict[str, tuple[PeerMaker, ...]] = {
 
 
 def all_movers(slabs: Slabs, peers: Sequence[str], python: str | None) -> list[Mover]:
-    """Limits first, then peers; Headway's planes are more of the same list."""
+    """Limits first, then Headway's planes, then peers."""
     limits: list[Mover] = [Memcpy(slabs), RawTcp(slabs, sys.executable), Iperf3()]
-    return limits + [make(slabs, python) for peer in peers for make in PEERS[peer]]
+    planes = [PlaneMover(name, SLOTS) for name in PLANES]
+    return limits + planes + [make(slabs, python) for peer in peers for make in PEERS[peer]]
 
 
 class Contest:

@@ -72,7 +72,12 @@ async def test_an_address_without_a_store_is_given_up_soon(two: Pair) -> None:
 
 
 PROBE = 64 << 15
-PHASES = {"first byte": 2, "probe": PROBE // 2 - 100_000, "first block": PROBE + 5000, "last blocks": PROBE + (38 << 15)}
+PHASES = {
+    "first byte": 2,
+    "probe": PROBE // 2 - 100_000,
+    "first block": PROBE + 5000,
+    "last blocks": PROBE + (38 << 15),
+}
 
 
 @pytest.mark.parametrize("fault", Fault)
