@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import uvloop
 
 from bench.transfer.contract import BLOCK_BYTES, BLOCK_TOKENS, MoverError, process_cpu_s
 from headway.core.keys import block_keys, join_keys
@@ -111,7 +112,7 @@ class StorePair:
         self.slots = slots
         self._flags = flags
         self._stack = ExitStack()
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self.processes: list[ServiceProcess] = []
         self.source: Worker
@@ -169,7 +170,7 @@ class StorePair:
         return keys, list(granted.slots)
 
     async def fetch(self, keys: list[bytes]) -> tuple[float, list[int]]:
-        """The reader gets these blocks: seconds from asking for the lease to hearing that all is there, and the slots."""
+        """The reader gets these blocks: seconds from asking for a lease to hearing that all is there, and the slots."""
         pull = pb.PullBlocks(kvstore=self.processes[0].address, blocks=len(keys))
         tokens = len(keys) * BLOCK_TOKENS + 1
         started = time.perf_counter()

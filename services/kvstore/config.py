@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from headway.runtime.config import ConfigError, option
@@ -25,10 +26,15 @@ class KvStoreConfig:
     planes: tuple[str, ...] = option(("socket", "grpc"), "how bytes may move between nodes: socket, grpc")
     transfer_host: str = option("127.0.0.1", "address that other nodes' kvstores connect to for bytes")
     transfer_port: int = option(0, "port for that; 0 lets the kernel choose")
-    transfer_connections: int = option(2, "data connections to each other node")
+    transfer_connections: int = option(0, "data connections to each other node; 0: one for two cores, at most 4")
     transfer_timeout_s: float = option(5.0, "after how long without bytes a data connection is given up")
     checksum: str = option("sampled", "which transfers are checked for flipped bits", choices=("off", "sampled", "all"))
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+
+    @property
+    def connections(self) -> int:
+        """To each other node: threads that copy, which more than half the cores would only make wait for each other."""
+        return self.transfer_connections or max(1, min(4, (os.cpu_count() or 1) // 2))
 
     def __post_init__(self) -> None:
         if self.slab_bytes < PAGE:
@@ -36,8 +42,8 @@ class KvStoreConfig:
         unknown = set(self.planes) - {"socket", "grpc"}
         if unknown or not self.planes:
             raise ConfigError(f"setting planes is {', '.join(self.planes)}; it may name socket and grpc, at least one")
-        if self.transfer_connections < 1:
-            raise ConfigError(f"setting transfer_connections is {self.transfer_connections}; it must be at least 1")
+        if self.transfer_connections < 0:
+            raise ConfigError(f"setting transfer_connections is {self.transfer_connections}; it must be at least 0")
         if not 0 < self.transfer_timeout_s < math.inf:
             raise ConfigError(f"setting transfer_timeout_s is {self.transfer_timeout_s}; it must be above 0")
         if not 0 < self.handoff_hold_s < math.inf:

@@ -278,7 +278,7 @@ class Peer:
                 raise
             return answer.port, answer.secret
 
-        await by_socket.open(self.address.rpartition(":")[0], ask, node.config.transfer_connections)
+        await by_socket.open(self.address.rpartition(":")[0], ask, node.config.connections)
         return by_socket
 
     async def _probe(self, plane: Plane) -> float:

@@ -13,7 +13,7 @@ from headway.runtime.errors import HeadwayError
 from headway.runtime.log import setup_logs
 from headway.runtime.server import GrpcServer, notify, run_service, stop_event
 from headway.slab.host import HostSegment, SlabError
-from headway.v1 import kvstore_pb2, kvstore_pb2_grpc, transfer_pb2, transfer_pb2_grpc
+from headway.v1 import kvstore_pb2, kvstore_pb2_grpc, transfer_pb2
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.descriptor import DescriptorSocket
 from services.kvstore.memory import SlabMemory
@@ -21,7 +21,7 @@ from services.kvstore.node import Node
 from services.kvstore.planes.socket_source import SocketSource
 from services.kvstore.pulls import Pulls
 from services.kvstore.service import KvStoreServicer
-from services.kvstore.transfer_service import TransferServicer
+from services.kvstore.transfer_service import TransferServicer, add_transfers
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ async def serve(config: KvStoreConfig) -> None:
         pulls = Pulls(node)
         sockets = _socket_source(config, memory)
         transfers = TransferServicer(node, sockets, serve_bytes="grpc" in config.planes)
-        transfer_pb2_grpc.add_TransferServiceServicer_to_server(transfers, server.server)
+        add_transfers(server.server, transfers)
         descriptors = DescriptorSocket(node, Path(config.run_dir).resolve())
         servicer = KvStoreServicer(node, str(descriptors.path))
         kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server(servicer, server.server)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 
@@ -21,6 +22,18 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[pb.ConnectRequest, pb.ConnectResponse]
 ReadContext = grpc.aio.ServicerContext[pb.ReadBlocksRequest, pb.ReadBlocksResponse]
+
+
+def add_transfers(server: grpc.aio.Server, servicer: TransferServicer) -> None:
+    """As the generated function does, but ReadBlocks writes its messages by itself."""
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Connect": grpc.stream_stream_rpc_method_handler(
+            servicer.Connect, pb.ConnectRequest.FromString, pb.ConnectResponse.SerializeToString
+        ),
+        "ReadBlocks": grpc.unary_stream_rpc_method_handler(servicer.ReadBlocks, pb.ReadBlocksRequest.FromString),
+    }
+    name = pb.DESCRIPTOR.services_by_name["TransferService"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
 
 class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
@@ -96,9 +109,10 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
             opened.port, opened.secret = self._sockets.port, self._sockets.admit(reader)
         reader.put(pb.ConnectResponse(socket=opened))
 
-    async def ReadBlocks(
+    async def ReadBlocks(  # type: ignore[override]
         self, request: pb.ReadBlocksRequest, context: ReadContext
-    ) -> AsyncIterator[pb.ReadBlocksResponse]:
+    ) -> AsyncIterator[bytes]:
+        """Messages as bytes: see `planes.pieces`."""
         readers = self._node.readers.values()
         if not self._serve_bytes or not any(reader.secret == request.secret for reader in readers):
             message = "these blocks are given only to a kvstore that is connected (Connect) and shows its secret"

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 SECRET_BYTES = 32
 WELCOME = b"\x01"
 MOST_BLOCKS = 256
+ALONE_BYTES = 256 << 10
 REQUEST = struct.Struct("<4sHH")
 SLOT = struct.Struct("<IQ")
 VERDICT = struct.Struct("<BQ")
@@ -46,26 +47,41 @@ def read_request(connection: socket.socket) -> tuple[list[tuple[int, int]], bool
     return list(SLOT.iter_unpack(body)), bool(flags & 1)
 
 
-def send_all(connection: socket.socket, buffers: list[memoryview]) -> None:
-    """Gathered, without a copy in this process."""
-    while buffers:
-        sent = connection.sendmsg(buffers)
-        while buffers and sent >= len(buffers[0]):
-            sent -= len(buffers.pop(0))
-        if sent:
-            buffers[0] = buffers[0][sent:]
+def send_all(connection: socket.socket, buffers: Sequence[memoryview]) -> None:
+    """Without a copy in this process. Large ones go one by one, which is fastest; small ones are gathered."""
+    if len(buffers[0]) >= ALONE_BYTES:
+        for buffer in buffers:
+            connection.sendall(buffer)
+        return
+    left = list(buffers)
+    while left:
+        sent = connection.sendmsg(left)
+        _advance(left, sent)
 
 
-def receive_all(connection: socket.socket, buffers: list[memoryview]) -> None:
-    """Scattered, without a copy in this process. Raises FrameError when the stream ends before all are full."""
-    while buffers:
-        got, _, _, _ = connection.recvmsg_into(buffers, 0, socket.MSG_WAITALL)
+def receive_all(connection: socket.socket, buffers: Sequence[memoryview]) -> None:
+    """As `send_all`. Raises FrameError when the stream ends before all are full."""
+    if len(buffers[0]) >= ALONE_BYTES:
+        for buffer in buffers:
+            _receive(connection, [buffer])
+    else:
+        _receive(connection, list(buffers))
+
+
+def _receive(connection: socket.socket, left: list[memoryview]) -> None:
+    while left:
+        got, _, _, _ = connection.recvmsg_into(left, 0, socket.MSG_WAITALL)
         if not got:
             raise FrameError("the connection ended in the middle of a block")
-        while buffers and got >= len(buffers[0]):
-            got -= len(buffers.pop(0))
-        if got:
-            buffers[0] = buffers[0][got:]
+        _advance(left, got)
+
+
+def _advance(left: list[memoryview], count: int) -> None:
+    """Drop the first `count` bytes."""
+    while left and count >= len(left[0]):
+        count -= len(left.pop(0))
+    if count:
+        left[0] = left[0][count:]
 
 
 def set_timeouts(connection: socket.socket, *, receive_s: float, send_s: float) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 import grpc
 
 from headway.v1 import transfer_pb2 as pb
-from headway.v1 import transfer_pb2_grpc
 from services.kvstore.memory import SlabMemory
 from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, verdict
+from services.kvstore.planes.pieces import pack_piece, unpack_piece
 
 log = logging.getLogger(__name__)
 
 # gRPC moves messages of 368 to 737 KB fastest.
 MESSAGE_BYTES = 737_280
 # Of one call: what is urgent waits for at most one of them.
-CALL_BYTES = 4 << 20
+CALL_BYTES = 16 << 20
+READ_BLOCKS = "/headway.v1.TransferService/ReadBlocks"
 
 
 class GrpcPlane:
@@ -34,14 +35,15 @@ class GrpcPlane:
         self._turn = asyncio.Lock()
         self._batch = max(1, CALL_BYTES // max(1, memory.slot_bytes))
         self._closed = False
-        self._stub: Any = None
+        self._read_blocks: Any = None
         self._secret = b""
 
     def open(self, channel: grpc.aio.Channel, secret: bytes) -> None:
         """`secret` is that of the Connect stream. Raises PlaneError when there is none."""
         if not secret:
             raise PlaneError("the peer gave no secret for reading")
-        self._stub, self._secret = transfer_pb2_grpc.TransferServiceStub(channel), secret
+        self._read_blocks = channel.unary_stream(READ_BLOCKS, pb.ReadBlocksRequest.SerializeToString)
+        self._secret = secret
 
     async def read(self, moves: Sequence[Move], urgency: Urgency) -> list[Copied]:
         copied: list[Copied] = []
@@ -63,13 +65,14 @@ class GrpcPlane:
             generations=[move.generation for move in moves],
             checksum=self._checksums.wanted(),
         )
-        call = self._stub.ReadBlocks(request)
+        call = self._read_blocks(request)
         try:
             # A task of its own would go on writing; this loop stops with its caller.
-            while (piece := await asyncio.wait_for(call.read(), self._timeout_s)) is not grpc.aio.EOF:
+            while (message := await asyncio.wait_for(call.read(), self._timeout_s)) is not grpc.aio.EOF:
+                piece, data = unpack_piece(message)
                 view = self._memory.view(moves[piece.index].slot)
-                end = piece.offset + len(piece.data)
-                view[piece.offset : end] = piece.data
+                end = piece.offset + len(data)
+                view[piece.offset : end] = data
                 if end == len(view):
                     checksum = piece.checksum if request.checksum else None
                     copied.append(verdict(view, current=piece.current, checksum=checksum))
@@ -84,14 +87,16 @@ class GrpcPlane:
         self._closed = True
 
 
-async def pieces(memory: SlabMemory, request: pb.ReadBlocksRequest) -> AsyncIterator[pb.ReadBlocksResponse]:
-    """The source side: the bytes of the slots asked for."""
+async def pieces(memory: SlabMemory, request: pb.ReadBlocksRequest) -> AsyncIterator[bytes]:
+    """The source side: the bytes of the slots asked for, as messages."""
     for index, (slot, generation) in enumerate(zip(request.slots, request.generations, strict=True)):
         view = memory.view(slot)
         checksum = memory.checksum(slot) if request.checksum else 0
         for offset in range(0, len(view), MESSAGE_BYTES):
-            data = bytes(view[offset : offset + MESSAGE_BYTES])
-            piece = pb.ReadBlocksResponse(index=index, offset=offset, data=data)
-            if offset + len(data) == len(view):
-                piece.current, piece.checksum = memory.current(slot, generation), checksum
+            meta = pb.ReadBlocksResponse(index=index, offset=offset, checksum=checksum, current=True)
+            piece = pack_piece(meta, view[offset : offset + MESSAGE_BYTES])
+            # Only now, when its bytes have been copied, is it known whether they were still this block's.
+            if not memory.current(slot, generation):
+                meta.current = False
+                piece = pack_piece(meta, memoryview(b""))
             yield piece

@@ -29,7 +29,7 @@ from services.kvstore.planes.frames import (
 log = logging.getLogger(__name__)
 
 # Of one request: large enough that its costs vanish, small enough that what is urgent soon gets its turn.
-REQUEST_BYTES = 1 << 20
+REQUEST_BYTES = 4 << 20
 # Requests on the way on one connection, so that the source never waits for the next.
 AHEAD = 2
 CONNECT_S = 2.0
