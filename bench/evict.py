@@ -19,20 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.policies import Arc, Belady, Fifo, LfuAged, S3Fifo, Sieve, TwoQueues
-from bench.report import finish, plot_lines, progress
+from bench.policies import Arc, Belady, Fifo, Lru, S3Fifo, Sieve, TwoQueues
+from bench.report import finish, mark, plot_lines, progress
 from headway.core.blocks import BlockCache
-from headway.core.evict import Lru, Policy
+from headway.core.evict import AgedLfu, Policy
 
 TRACE_BLOCK = 512
-SHARES = [0.01, 0.03, 0.1, 0.3]
+SHARES = [0.003, 0.01, 0.03, 0.1, 0.3]
 TRACES = ["mooncake_conversation_trace", "mooncake_synthetic_trace", "toolagent_like_synth"]
 POLICIES: dict[str, Callable[[int], Policy]] = {
-    "lru": lambda capacity: Lru(),
+    "lru": Lru,
+    "lfu-aged": lambda capacity: AgedLfu(),
     "fifo": Fifo,
     "2q": TwoQueues,
     "arc": Arc,
-    "lfu-aged": LfuAged,
     "s3-fifo": S3Fifo,
     "sieve": Sieve,
 }
@@ -73,7 +73,9 @@ def load(path: Path, share: float) -> list[Prompt]:
         rows = [json.loads(line) for line in lines]
     rows = rows[: int(len(rows) * share)]
     return [
-        Prompt([i.to_bytes(16, "big") for i in row["hash_ids"][: row["input_length"] // TRACE_BLOCK]], row["input_length"])
+        Prompt(
+            [i.to_bytes(16, "big") for i in row["hash_ids"][: row["input_length"] // TRACE_BLOCK]], row["input_length"]
+        )
         for row in rows
     ]
 
@@ -112,7 +114,7 @@ def study(name: str, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         for policy, make in POLICIES.items():
             started = time.perf_counter()
             row[policy] = round(replay(prompts, make(capacity), capacity), 4)
-            progress(f"{name} {share:.0%} {policy}: {row[policy]:.4f} in {time.perf_counter() - started:.1f} s")
+            progress(f"{name} {share:.1%} {policy}: {row[policy]:.4f} in {time.perf_counter() - started:.1f} s")
         future = Future.of(prompts)
         row["belady"] = round(replay(prompts, Belady(capacity, future.next_use), capacity, future), 4)
         rows.append(row)
@@ -125,7 +127,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| trace | cache | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for row in rows:
         figures = " | ".join(f"{100 * row[name]:.1f}" for name in names)
-        lines.append(f"| {row['trace']} | {row['share']:.0%} | {figures} |")
+        lines.append(f"| {row['trace']} | {row['share']:.1%} | {figures} |")
     means = " | ".join(f"{100 * mean(rows, name):.2f}" for name in names)
     lines.append(f"| mean of all | | {means} |")
     return "\n".join(lines)
@@ -151,9 +153,13 @@ def main() -> None:
         parser.error(f"none of {', '.join(TRACES)} is in {arguments.traces}; name the folder that holds them")
     print(table(rows))
     gains = {name: round(mean(rows, name) - mean(rows, "lru"), 4) for name in [*POLICIES, "belady"]}
-    lines = {name: ([100 * row["share"] for row in rows[:4]], [row[name] for row in rows[:4]]) for name in gains}
+    marks = {"gain_over_lru": mark(gains["lfu-aged"], 0.0, "share of prompt tokens", at_most=False)}
+    lines = {
+        name: ([100 * row["share"] for row in rows[: len(SHARES)]], [row[name] for row in rows[: len(SHARES)]])
+        for name in gains
+    }
     plot_lines("evict", f"Token hit rate, {rows[0]['trace']}", "% of unique blocks", "hit rate", lines)
-    finish("evict", {"quick": arguments.quick, "rows": rows, "gain_over_lru": gains, "marks": {}})
+    finish("evict", {"quick": arguments.quick, "rows": rows, "gain_over_lru": gains, "marks": marks})
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ class Ghosts:
         return self._keys.pop(key, True) is None
 
 
+class Lru(Base):
+    """The least recently used block goes."""
+
+
 class Fifo(Base):
     """The block that came first goes: the floor of the comparison."""
 
@@ -81,29 +85,6 @@ class Fifo(Base):
         block = self.queue.take()
         if block is not None:
             del self._came[block]
-        return block
-
-
-class LfuAged(Base):
-    """LFU with dynamic ageing (Arlitt et al., 1999): rank = uses + rank of the last block that went."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
-        self._age = 0
-        self._rank: dict[Resident, int] = {}
-
-    def used(self, blocks: Sequence[Resident]) -> None:
-        for block in blocks:
-            self._rank[block] = self._age + block.uses
-
-    def rank(self, block: Resident) -> int:
-        # Among equals the least recently used goes.
-        return (self._rank[block] << 32) + block.last_use
-
-    def take(self) -> Resident | None:
-        block = self.queue.take()
-        if block is not None:
-            self._age = self._rank.pop(block)
         return block
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from headway.core.evict import Lru, Policy, Resident
+from headway.core.evict import AgedLfu, Policy, Resident
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +27,7 @@ class BlockCache:
 
     def __init__(self, policy: Policy | None = None) -> None:
         self._blocks: dict[bytes, Block] = {}
-        self._policy: Policy = policy or Lru()
+        self._policy: Policy = policy or AgedLfu()
         self._clock = 0
         self.idle = 0
 

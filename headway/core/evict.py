@@ -7,18 +7,28 @@ prefix-closed whatever a policy prefers.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+# More uses do not make a block stay longer: what was hot once must be able to leave.
+MOST_USES = 16
+# Room for the cache's clock below the rank.
+CLOCK_BITS = 48
 
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """What a policy may know of a block: `uses` are leases or reads that ended, `last_use` the count of them then."""
+    """What a policy may know of a block.
+
+    `uses`: leases or reads of it that have ended; `last_use`: the cache's count of such ends at the last of them;
+    `rank`: the policy's own.
+    """
 
     key: bytes
     uses: int = 0
     last_use: int = 0
+    rank: int = 0
 
 
 class Policy(Protocol):
@@ -77,27 +87,34 @@ class Candidates:
                 return block
         return None
 
-    def blocks(self) -> Iterable[Resident]:
-        return self._true.keys()
 
+class AgedLfu:
+    """LFU with dynamic ageing (Arlitt et al., Performance Evaluation Review 1999), uses counted up to `MOST_USES`.
 
-class Lru:
-    """The least recently used candidate goes."""
+    rank = age + uses when it was last used, where age is the rank of the last block that went; among equals the least
+    recently used goes. So blocks seen once do not push out one seen often, until its credit has aged away: with each
+    turnover of the cache the age rises by about one. Chosen by replay of traces, see docs/tiers.md.
+    """
 
     def __init__(self) -> None:
         self._candidates = Candidates()
+        self._age = 0
 
     def enter(self, block: Resident) -> None:
         pass
 
     def used(self, blocks: Sequence[Resident]) -> None:
-        pass
+        for block in blocks:
+            block.rank = self._age + min(block.uses, MOST_USES)
 
     def offer(self, block: Resident) -> None:
-        self._candidates.offer(block, block.last_use)
+        self._candidates.offer(block, (block.rank << CLOCK_BITS) + block.last_use)
 
     def withdraw(self, block: Resident) -> None:
         self._candidates.withdraw(block)
 
     def take(self) -> Resident | None:
-        return self._candidates.take()
+        block = self._candidates.take()
+        if block is not None:
+            self._age = max(self._age, block.rank)
+        return block
