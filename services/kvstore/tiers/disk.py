@@ -1,7 +1,8 @@
-"""The disk tier: blocks in one preallocated file, written behind the requests' backs, checked whenever they are read."""
+"""The disk tier: blocks in one preallocated file, written off the request path and checked at every read."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import queue
@@ -14,7 +15,7 @@ import numpy as np
 
 from services.kvstore.tiers.contract import TierCounts, TierError, unchanged
 from services.kvstore.tiers.file import BlockFile
-from services.kvstore.tiers.index import Entry, SlotIndex
+from services.kvstore.tiers.index import Entry, rebuild
 from services.kvstore.tiers.layout import Header, Layout, body_checksum
 
 log = logging.getLogger(__name__)
@@ -44,13 +45,16 @@ class DiskTier:
     """See `contract.Tier`. A torn block is never served: the header is cleared first and written last, and the body's
     checksum is verified at each read, so that neither kill -9 nor a power cut can give wrong bytes.
 
-    `changed(stored, removed)` is called on the tier's threads, without its lock.
+    `changed(stored, removed)` is called on the tier's threads and under its lock, so that what it tells is in order: it
+    must only pass the news on.
     """
 
     def __init__(self, file: BlockFile, changed: Changed = ignore, queue_blocks: int = 256) -> None:
         self._file, self._changed = file, changed
         self._lock = threading.Lock()
-        self._index, self._generation = _load(file)
+        self._idle = threading.Condition(self._lock)
+        self._readers = 0
+        self._index, self._generation = rebuild(file.layout.slots, file.headers())
         self._counts = TierCounts()
         self._pending: set[bytes] = set()
         self._queue: queue.Queue[Job | None] = queue.Queue(queue_blocks)
@@ -89,6 +93,8 @@ class DiskTier:
     # ------------------------------------------------------------------ what the kvstore calls
 
     def put(self, key: bytes, parent: bytes, view: memoryview, still: Callable[[], bool] = unchanged) -> bool:
+        if len(view) != self._file.layout.slot_bytes:
+            raise ValueError(f"a block here is {self._file.layout.slot_bytes} bytes; this view has {len(view)}")
         with self._lock:
             if self._closed or self._failures >= MOST_FAILURES:
                 return False
@@ -99,7 +105,7 @@ class DiskTier:
             if key in self._pending:
                 return True
             try:
-                self._queue.put_nowait(Job(key, parent, view[: self._file.layout.slot_bytes], still))
+                self._queue.put_nowait(Job(key, parent, view, still))
             except queue.Full:
                 self._count(dropped=1)
                 return False
@@ -125,6 +131,7 @@ class DiskTier:
                 return 0
             entries = self._index.leading(keys[: len(views)])
             self._index.hold(entries)
+            self._readers += 1
         good = 0
         try:
             for entry, view in zip(entries, views, strict=False):
@@ -135,6 +142,8 @@ class DiskTier:
             with self._lock:
                 self._index.touch(entries[:good])
                 self._index.release(entries)
+                self._readers -= 1
+                self._idle.notify_all()
                 self._count(hits=good, bytes_read=good * self._file.layout.slot_bytes)
         return good
 
@@ -151,12 +160,16 @@ class DiskTier:
             if self._closed:
                 return
             self._closed = True
-        self._queue.put(None)
-        self._writer.join(CLOSE_S)
-        if self._writer.is_alive():
-            log.error("event=disk_tier_stuck the disk did not take the last blocks in %.0f s", CLOSE_S)
-            return
-        self._file.close()
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=CLOSE_S)
+            self._writer.join(CLOSE_S)
+        with self._lock:
+            idle = self._idle.wait_for(lambda: not self._readers, CLOSE_S) and not self._writer.is_alive()
+        if idle:
+            self._file.close()
+        else:
+            # The descriptors must not become another file's while somebody still uses them.
+            log.error("event=disk_tier_stuck the disk did not answer within %.0f s; its file stays open", CLOSE_S)
 
     # ------------------------------------------------------------------ reading
 
@@ -179,8 +192,8 @@ class DiskTier:
         with self._lock:
             removed = self._index.remove(entry)
             self._count(**counts)
-        if removed:
-            self._changed([], [entry.key])
+            if removed:
+                self._changed([], [entry.key])
 
     # ------------------------------------------------------------------ writing
 
@@ -188,6 +201,11 @@ class DiskTier:
         while (job := self._queue.get()) is not None:
             try:
                 self._write(job)
+            except Exception:
+                # A view that was let go, or a caller's callback: not a reason to end the tier.
+                log.exception("event=disk_tier_put_failed key=%s", job.key.hex())
+                with self._lock:
+                    self._count(errors=1)
             finally:
                 with self._lock:
                     self._pending.discard(job.key)
@@ -198,16 +216,17 @@ class DiskTier:
         length = self._file.layout.slot_bytes
         # numpy copies without the interpreter lock, and stable bytes are what checksum and disk must agree on.
         np.copyto(np.frombuffer(self._scratch, np.uint8)[:length], np.frombuffer(job.view, np.uint8))
+        still = job.still()
         with self._lock:
-            taken = self._index.take_slot() if job.still() else None
+            taken = self._index.take_slot() if still else None
             if taken is None:
                 self._count(dropped=1)
                 return
             slot, victim = taken
             self._generation += 1
             header = Header(job.key, job.parent, self._generation, length, 0)
-        if victim is not None:
-            self._changed([], [victim.key])
+            if victim is not None:
+                self._changed([], [victim.key])
         self._commit(slot, header)
 
     def _commit(self, slot: int, header: Header) -> None:
@@ -225,7 +244,7 @@ class DiskTier:
             self._failures = 0
             self._index.add(header.key, header.parent, slot, header.generation, header.checksum)
             self._count(bytes_written=length)
-        self._changed([header.key], [])
+            self._changed([header.key], [])
 
     def _failed(self, slot: int, error: OSError) -> None:
         with self._lock:
@@ -241,16 +260,3 @@ class DiskTier:
         """Under the lock."""
         counts = self._counts
         self._counts = replace(counts, **{name: getattr(counts, name) + by for name, by in more.items()})
-
-
-def _load(file: BlockFile) -> tuple[SlotIndex, int]:
-    """The blocks whose headers are whole, in the order in which they were put; bodies are checked when read."""
-    youngest: dict[bytes, tuple[int, Header]] = {}
-    for slot, header in sorted(file.headers(), key=lambda found: found[1].generation):
-        youngest[header.key] = (slot, header)
-    index = SlotIndex(file.layout.slots, {slot for slot, _ in youngest.values()})
-    last = 0
-    for slot, header in sorted(youngest.values(), key=lambda found: found[1].generation):
-        index.add(header.key, header.parent, slot, header.generation, header.checksum)
-        last = header.generation
-    return index, last

@@ -1,4 +1,4 @@
-"""What lies in which slot of a tier's file, and what gives way: the slab's policy, over blocks that may lack parents."""
+"""What lies in which slot of a tier's file, and what gives way: the slab's policy, for blocks that may lack parents."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 from headway.core.evict import AgedLfu, Policy, Resident
+from services.kvstore.tiers.layout import Header
 
 
 @dataclass(slots=True, eq=False)
@@ -145,3 +146,14 @@ class SlotIndex:
     def _offer(self, entry: Entry) -> None:
         if not entry.gone and not entry.holds and not entry.children:
             self._policy.offer(entry)
+
+
+def rebuild(slots: int, found: Iterable[tuple[int, Header]]) -> tuple[SlotIndex, int]:
+    """The index of what a file's headers say, in the order in which it was put; and the last generation."""
+    in_order = sorted(found, key=lambda item: item[1].generation)
+    youngest = {header.key: (slot, header) for slot, header in in_order}
+    index, last = SlotIndex(slots, {slot for slot, _ in youngest.values()}), 0
+    for slot, header in sorted(youngest.values(), key=lambda item: item[1].generation):
+        index.add(header.key, header.parent, slot, header.generation, header.checksum)
+        last = header.generation
+    return index, last
