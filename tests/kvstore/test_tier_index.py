@@ -29,19 +29,19 @@ class IndexMachine(RuleBasedStateMachine):
     def put(self, key: bytes, finished: bool) -> None:
         if self.index.get(key) is not None:
             return
-        free, before = self.index.free, {k: self.index.get(k) for k in self.index.keys()}
+        free, before = self.index.free, list(self.index)
         taken = self.index.take_slot()
         if taken is None:
             assert not free
             # Whoever could give way is read, or continued by one that is.
             held = {id(entry) for entries in self.reading for entry in entries}
-            assert all(id(entry) in held or entry.children for entry in before.values() if entry)
+            assert all(id(entry) in held or entry.children for entry in before)
             return
         slot, victim = taken
         if victim is not None:
             assert not free
             assert not victim.holds
-            assert not any(PARENT[other] == victim.key for other in self.index.keys())
+            assert not any(PARENT[entry.key] == victim.key for entry in self.index)
         if not finished:
             self.writing.append(slot)
             return
@@ -71,22 +71,22 @@ class IndexMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.reading and not self.writing)
     @rule()
     def restart(self) -> None:
-        entries = [entry for key in self.index.keys() if (entry := self.index.get(key))]
+        entries = list(self.index)
         found = [(e.slot, Header(e.key, e.parent_key, e.generation, 1, e.checksum)) for e in entries]
         self.index, last = rebuild(SLOTS, reversed(found))
         assert last == max((entry.generation for entry in entries), default=0)
-        assert sorted(self.index.keys()) == sorted(entry.key for entry in entries)
+        assert sorted(entry.key for entry in self.index) == sorted(entry.key for entry in entries)
 
     @invariant()
     def every_slot_is_in_one_place(self) -> None:
-        used = [entry.slot for key in self.index.keys() if (entry := self.index.get(key))]
+        used = [entry.slot for entry in self.index]
         gone = {id(entry): entry.slot for entries in self.reading for entry in entries if entry.gone}
         everywhere = [*used, *self.index._free, *self.writing, *gone.values()]
         assert sorted(everywhere) == list(range(SLOTS))
 
     @invariant()
     def parents_and_children_know_each_other_and_nobody_else(self) -> None:
-        entries = {key: entry for key in self.index.keys() if (entry := self.index.get(key))}
+        entries = {entry.key: entry for entry in self.index}
         for key, entry in entries.items():
             assert entry.parent is entries.get(PARENT[key])
             assert set(entry.children) == {other for other in entries if PARENT[other] == key}

@@ -34,6 +34,16 @@ def unchanged() -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Job:
+    """A block to be kept: what `put` was given, waiting for the tier's thread."""
+
+    key: bytes
+    parent: bytes
+    view: memoryview
+    still: Callable[[], bool]
+
+
 class Tier(Protocol):
     """Safe to call from several threads. Never raises because of what lies below it: that is a miss, and counted."""
 
@@ -46,7 +56,10 @@ class Tier(Protocol):
         """
 
     def leading(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys of the chain are here, as far as is known: only `get` proves it."""
+        """How many leading keys of the chain are here, as far as is known: only `get` proves it.
+
+        At once in the disk tier; the remote tier asks its server.
+        """
 
     def get(self, keys: Sequence[bytes], views: Sequence[memoryview]) -> int:
         """Read leading blocks into writable views; how many are there and right. May block: not for an event loop.

@@ -8,12 +8,12 @@ import mmap
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from services.kvstore.tiers.contract import TierCounts, TierError, unchanged
+from services.kvstore.tiers.contract import Job, TierCounts, TierError, unchanged
 from services.kvstore.tiers.file import BlockFile
 from services.kvstore.tiers.index import Entry, rebuild
 from services.kvstore.tiers.layout import Header, Layout, body_checksum
@@ -25,16 +25,6 @@ MOST_FAILURES = 3
 CLOSE_S = 10.0
 
 Changed = Callable[[list[bytes], list[bytes]], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A block to be written."""
-
-    key: bytes
-    parent: bytes
-    view: memoryview
-    still: Callable[[], bool]
 
 
 def ignore(stored: list[bytes], removed: list[bytes]) -> None:
@@ -123,7 +113,7 @@ class DiskTier:
     def keys(self) -> list[bytes]:
         """All blocks held, oldest first; a parent may come after its child, or not at all."""
         with self._lock:
-            return self._index.keys()
+            return [entry.key for entry in self._index]
 
     def get(self, keys: Sequence[bytes], views: Sequence[memoryview]) -> int:
         with self._lock:

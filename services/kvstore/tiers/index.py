@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 from headway.core.evict import AgedLfu, Policy, Resident
@@ -47,9 +47,9 @@ class SlotIndex:
     def get(self, key: bytes) -> Entry | None:
         return self._entries.get(key)
 
-    def keys(self) -> list[bytes]:
+    def __iter__(self) -> Iterator[Entry]:
         """Oldest first."""
-        return list(self._entries)
+        return iter(self._entries.values())
 
     def leading(self, keys: Iterable[bytes]) -> list[Entry]:
         found: list[Entry] = []

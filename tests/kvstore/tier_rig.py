@@ -1,4 +1,4 @@
-"""What tests of the disk tier share: blocks whose bytes follow from their key, page-aligned memory, a real writer."""
+"""What tests of the tiers share: blocks whose bytes follow from their key, page-aligned memory, a real writer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from headway.slab.host import slot_stride
 from services.kvstore.tiers.disk import DiskTier
+from services.kvstore.tiers.remote import RemoteTier
 
 DIGEST = b"kv format digest"
 # Not a whole number of pages, so that padding matters.
@@ -32,7 +33,7 @@ def capacity(slots: int) -> int:
     return slots * (slot_stride(SLOT_BYTES) + 128) + 2 * 4096
 
 
-def put(tier: DiskTier, *names: int, parent: bytes = b"") -> list[bytes]:
+def put(tier: DiskTier | RemoteTier, *names: int, parent: bytes = b"") -> list[bytes]:
     """A chain of blocks, parents first, written when this returns; their keys."""
     keys = [key_of(name) for name in names]
     for key in keys:
@@ -42,7 +43,7 @@ def put(tier: DiskTier, *names: int, parent: bytes = b"") -> list[bytes]:
     return keys
 
 
-def right(tier: DiskTier, keys: list[bytes]) -> int:
+def right(tier: DiskTier | RemoteTier, keys: list[bytes]) -> int:
     """How many leading blocks the tier gives; fails if one of them has other bytes than were put."""
     views = [slot() for _ in keys]
     good = tier.get(keys, views)
