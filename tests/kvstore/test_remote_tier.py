@@ -21,8 +21,8 @@ from services.kvstore.tiers.contract import TierError
 from services.kvstore.tiers.disk import DiskTier
 from services.kvstore.tiers.link import Link, LinkOptions
 from services.kvstore.tiers.remote import BATCH_KEYS, RemoteTier
-from tests.kvstore.tier_rig import DIGEST, SLOT_BYTES, body_of, capacity, key_of, put, right, slot
 from tests.kvstore.test_kvstore import rust_built
+from tests.kvstore.tier_rig import DIGEST, SLOT_BYTES, body_of, capacity, key_of, put, right, slot
 
 redis = pytest.importorskip("redis", reason="the extra [redis] is not installed")
 

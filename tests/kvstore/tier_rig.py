@@ -9,11 +9,13 @@ from pathlib import Path
 
 from headway.slab.host import slot_stride
 from services.kvstore.tiers.disk import DiskTier
+from services.kvstore.tiers.layout import Layout
 from services.kvstore.tiers.remote import RemoteTier
 
 DIGEST = b"kv format digest"
 # Not a whole number of pages, so that padding matters.
 SLOT_BYTES = 3 * 4096 + 512
+SLOTS = 8
 
 
 def key_of(name: int) -> bytes:
@@ -31,6 +33,14 @@ def slot(length: int = SLOT_BYTES) -> memoryview:
 
 def capacity(slots: int) -> int:
     return slots * (slot_stride(SLOT_BYTES) + 128) + 2 * 4096
+
+
+def layout(slots: int = SLOTS) -> Layout:
+    return Layout(DIGEST, SLOT_BYTES, slots)
+
+
+def reopen(path: Path, slots: int = SLOTS) -> DiskTier:
+    return DiskTier.open(path, capacity(slots), SLOT_BYTES, DIGEST)
 
 
 def put(tier: DiskTier | RemoteTier, *names: int, parent: bytes = b"") -> list[bytes]:

@@ -88,7 +88,7 @@ class RemoteTier:
         """Asks the server, so like `get` not for an event loop."""
         found = 0
         for batch in _batches(keys, BATCH_KEYS):
-            present = self._link.ask(partial(self._present, keys=batch), [])
+            present: list[bool] = self._link.ask(partial(self._present, keys=batch), [])
             here = sum(1 for _ in takewhile(bool, present))
             found += here
             if here < len(batch):
@@ -98,7 +98,7 @@ class RemoteTier:
     def get(self, keys: Sequence[bytes], views: Sequence[memoryview]) -> int:
         good = 0
         for batch in _batches(list(zip(keys, views, strict=False)), self._batch):
-            values = self._link.ask(partial(self._values, keys=[key for key, _ in batch]), [])
+            values: list[bytes | None] = self._link.ask(partial(self._values, keys=[key for key, _ in batch]), [])
             taken = takewhile(bool, (self._take(*pair, value) for pair, value in zip(batch, values, strict=False)))
             here = sum(1 for _ in taken)
             good += here
