@@ -19,9 +19,6 @@ class Base:
         self.capacity = capacity
         self.queue = Candidates()
 
-    def enter(self, block: Resident) -> None:
-        pass
-
     def used(self, blocks: Sequence[Resident]) -> None:
         pass
 
@@ -74,9 +71,10 @@ class Fifo(Base):
         self._came: dict[Resident, int] = {}
         self._count = 0
 
-    def enter(self, block: Resident) -> None:
-        self._count += 1
-        self._came[block] = self._count
+    def used(self, blocks: Sequence[Resident]) -> None:
+        for block in blocks:
+            self._count += block not in self._came
+            self._came.setdefault(block, self._count)
 
     def rank(self, block: Resident) -> int:
         return self._came[block]
@@ -111,13 +109,12 @@ class TwoClasses:
     def went(self, block: Resident, *, often: bool) -> None:
         raise NotImplementedError
 
-    def enter(self, block: Resident) -> None:
-        often = self.members[block] = self.returns(block)
-        self.counts[often] += 1
-
     def used(self, blocks: Sequence[Resident]) -> None:
         for block in blocks:
-            if block.uses > 1 and not self.members[block]:
+            if block not in self.members:
+                often = self.members[block] = self.returns(block)
+                self.counts[often] += 1
+            elif block.uses > 1 and not self.members[block]:
                 self.members[block] = True
                 self.counts[False] -= 1
                 self.counts[True] += 1
@@ -204,15 +201,14 @@ class S3Fifo:
         self._count += 1
         self._main[block], self._place[block] = main, self._count
 
-    def enter(self, block: Resident) -> None:
-        main = self._ghosts.forgive(block.key)
-        self._append(block, main=main)
-        self._freq[block] = 0
-        self._small += not main
-
     def used(self, blocks: Sequence[Resident]) -> None:
         for block in blocks:
-            if block.uses > 1:
+            if block not in self._freq:
+                main = self._ghosts.forgive(block.key)
+                self._append(block, main=main)
+                self._freq[block] = 0
+                self._small += not main
+            else:
                 self._freq[block] = min(3, self._freq[block] + 1)
 
     def offer(self, block: Resident) -> None:
@@ -254,9 +250,6 @@ class Sieve:
         self._place: dict[Resident, int] = {}
         self._spared_at: dict[Resident, int] = {}
         self._hand = self._count = 0
-
-    def enter(self, block: Resident) -> None:
-        pass
 
     def used(self, blocks: Sequence[Resident]) -> None:
         for block in reversed(blocks):

@@ -56,13 +56,13 @@ class BlockCache:
         block = self._blocks[key] = Block(key, slot=slot, parent=parent, holds=1)
         if parent is not None:
             parent.children += 1
-        self._policy.enter(block)
         return block
 
     def hold(self, block: Block) -> None:
         if not block.holds:
             self.idle -= 1
-            self._policy.withdraw(block)
+            if not block.children:
+                self._policy.withdraw(block)
         block.holds += 1
 
     def drop(self, blocks: Sequence[Block]) -> None:

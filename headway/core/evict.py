@@ -34,11 +34,11 @@ class Resident:
 class Policy(Protocol):
     """Says which candidate goes. Told of everything that happens to blocks; has no clock and no randomness."""
 
-    def enter(self, block: Resident) -> None:
-        """The block is resident from now on, and no candidate yet."""
-
     def used(self, blocks: Sequence[Resident]) -> None:
-        """A use of these blocks (of one chain, parents first) has ended; their counts are raised already."""
+        """A use of these blocks (of one chain, parents first) has ended; their counts are raised already.
+
+        Of a block with `uses` 1 it is the first that the policy hears.
+        """
 
     def offer(self, block: Resident) -> None:
         """The block is a candidate from now on; one that is a candidate already may have been used again."""
@@ -100,12 +100,10 @@ class AgedLfu:
         self._candidates = Candidates()
         self._age = 0
 
-    def enter(self, block: Resident) -> None:
-        pass
-
     def used(self, blocks: Sequence[Resident]) -> None:
+        once, most = self._age, self._age + MOST_USES
         for block in blocks:
-            block.rank = self._age + min(block.uses, MOST_USES)
+            block.rank = once + block.uses if block.uses < MOST_USES else most
 
     def offer(self, block: Resident) -> None:
         self._candidates.offer(block, (block.rank << CLOCK_BITS) + block.last_use)

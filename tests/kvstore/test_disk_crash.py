@@ -95,7 +95,7 @@ def test_garbage_and_headers_in_the_wrong_place_are_no_blocks(path: Path, tier: 
     again.close()
 
 
-def test_a_header_never_vouches_for_the_body_of_another_generation(path: Path, tier: DiskTier) -> None:
+def test_a_body_in_the_wrong_slot_is_not_served(path: Path, tier: DiskTier) -> None:
     keys = put(tier, 1, 2)
     first, second = (layout().body_at(slot_of(tier, key)) for key in keys)
     tier.close()

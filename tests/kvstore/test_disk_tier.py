@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from headway.slab.host import PAGE, slot_stride
 from services.kvstore.tiers.contract import TierError
 from services.kvstore.tiers.disk import DiskTier
 from services.kvstore.tiers.file import BlockFile
+from services.kvstore.tiers.layout import Layout
 from tests.kvstore.tier_rig import (
     DIGEST,
     SLOT_BYTES,
@@ -73,10 +76,10 @@ def test_a_slot_of_the_slab_gets_the_block_and_nothing_of_another_behind_it(tier
 
 def test_memory_that_is_not_aligned_is_read_into_as_well(tier: DiskTier) -> None:
     [key] = put(tier, 1)
-    memory = memoryview(bytearray(SLOT_BYTES + 9))
-    for view in (memory[7 : 7 + SLOT_BYTES], memory[:SLOT_BYTES]):
+    memory = memoryview(mmap.mmap(-1, 8 * PAGE))
+    for view in (memory[7:], memory[7 : 7 + SLOT_BYTES], memory[:SLOT_BYTES]):
         assert tier.get([key], [view]) == 1
-        assert bytes(view) == body_of(key)
+        assert bytes(view[:SLOT_BYTES]) == body_of(key)
 
 
 def test_more_keys_than_views_are_not_read(tier: DiskTier) -> None:
@@ -164,6 +167,17 @@ def test_the_file_never_grows_and_old_blocks_give_way(path: Path) -> None:
         resident.update(stored)
     assert resident == set(tier.keys())
     tier.close()
+
+
+@pytest.mark.parametrize("slot_bytes", [1, SLOT_BYTES, 4096, 737_280])
+def test_the_layout_uses_the_room_it_is_given_and_no_more(slot_bytes: int) -> None:
+    for room in range(0, 20 * slot_stride(slot_bytes), 1237):
+        fitting = Layout.fitting(room, slot_bytes, DIGEST)
+        assert fitting.size <= room or not fitting.slots
+        # What is left over is less than a slot and three pages.
+        assert room - fitting.size < slot_stride(slot_bytes) + 128 + 3 * PAGE
+        assert fitting.body_at(0) >= fitting.header_at(fitting.slots)
+        assert fitting.body_at(0) % PAGE == 0
 
 
 def test_children_give_way_before_their_parents_even_if_they_came_first(tier: DiskTier) -> None:

@@ -167,12 +167,12 @@ class DiskTier:
         """On the caller's thread; the entry is held, so nobody writes into its slot."""
         length = self._file.layout.slot_bytes
         try:
-            whole = self._file.read_body(entry.slot, view)
+            self._file.read_body(entry.slot, view)
         except OSError as error:
             log.warning("event=disk_tier_read_failed slot=%d %s", entry.slot, error)
             self._forget(entry, errors=1)
             return False
-        if not whole or body_checksum(view[:length], entry.generation) != entry.checksum:
+        if body_checksum(view[:length]) != entry.checksum:
             log.warning("event=disk_tier_torn slot=%d key=%s", entry.slot, entry.key.hex())
             self._forget(entry, torn=1)
             return False
@@ -222,7 +222,7 @@ class DiskTier:
     def _commit(self, slot: int, header: Header) -> None:
         """No header, then the body, then its header: killed at any point, the slot holds a whole block or none."""
         length = header.length
-        header = replace(header, checksum=body_checksum(self._scratch[:length], header.generation))
+        header = replace(header, checksum=body_checksum(self._scratch[:length]))
         try:
             self._file.write_header(slot, None)
             self._file.write_body(slot, self._scratch)

@@ -80,7 +80,6 @@ class SlotIndex:
         """The block is written: its slot, taken before, is the new entry's. It counts as used once."""
         entry = Entry(key, slot=slot, parent_key=parent_key, generation=generation, checksum=checksum)
         self._entries[key] = entry
-        self._policy.enter(entry)
         entry.children = self._orphans.pop(key, {})
         for child in entry.children.values():
             child.parent = entry

@@ -73,9 +73,9 @@ class Layout:
         return packed + CHECKSUM.pack(xxhash.xxh3_64_intdigest(packed))
 
 
-def body_checksum(body: memoryview, generation: int) -> int:
-    """Bound to the generation, so that an old header never vouches for a new body."""
-    return int(xxhash.xxh3_64_intdigest(body, generation))
+def body_checksum(body: memoryview) -> int:
+    """XXH3 of 64 bits (Collet); 10 GB/s a core, without the interpreter lock."""
+    return int(xxhash.xxh3_64_intdigest(body))
 
 
 def pack_header(header: Header, slot: int) -> bytes:

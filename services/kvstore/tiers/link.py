@@ -43,10 +43,8 @@ class Link:
         except ImportError:
             raise TierError("the remote tier needs the Redis client: pip install 'headway[redis]'") from None
         try:
-            pool = redis.BlockingConnectionPool.from_url(
+            self._client: Any = redis.Redis.from_url(
                 url,
-                max_connections=options.connections,
-                timeout=options.timeout_s,
                 socket_timeout=options.timeout_s,
                 socket_connect_timeout=options.connect_s,
                 # Trying again is this class's business.
@@ -55,10 +53,10 @@ class Link:
         except ValueError as error:
             message = f"remote_url is no address of a Valkey or Redis server ({error}); try redis://host:6379"
             raise TierError(message) from None
-        # The server is there and says no, or this side asks too much at once: no reason to think that it is gone.
-        self._refusals = (redis.ResponseError, redis.exceptions.MaxConnectionsError)
-        self._client: Any = redis.Redis(connection_pool=pool)
+        # The server is there and says no: no reason to think that it is gone.
+        self._refusals = (redis.ResponseError,)
         self._options = options
+        self._free = threading.BoundedSemaphore(options.connections)
         self._lock = threading.Lock()
         self._retry_s = options.first_retry_s
         self._next_try_s = 0.0
@@ -94,12 +92,17 @@ class Link:
             self._client.close()
 
     def _ask(self, question: Callable[[Any], T], otherwise: T) -> T:
+        if not self._free.acquire(timeout=self._options.timeout_s):
+            self.refused(TimeoutError(f"{self._options.connections} questions at once are still waiting"))
+            return otherwise
         try:
             return question(self._client)
         except self._refusals as error:
             self.refused(error)
         except Exception as error:
             self._down(error)
+        finally:
+            self._free.release()
         return otherwise
 
     def _down(self, error: Exception) -> None:
