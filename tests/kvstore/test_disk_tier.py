@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from services.kvstore.tiers.contract import TierError
 from services.kvstore.tiers.disk import DiskTier
 from services.kvstore.tiers.file import BlockFile
 from services.kvstore.tiers.layout import Layout
+from tests.kvstore.test_kvstore import rust_built
 from tests.kvstore.tier_rig import (
     DIGEST,
     SLOT_BYTES,
@@ -267,3 +270,23 @@ def test_what_was_accepted_is_written_before_it_closes_and_nothing_is_done_later
     again = reopen(path)
     assert sum(right(again, [key_of(name)]) for name in range(5)) == 5
     again.close()
+
+
+# ---------------------------------------------------------------------- what it needs
+
+
+def test_it_loads_nothing_built_in_rust(path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.kvstore.tier_rig import *\n"
+        f"tier = reopen(Path({str(path)!r})); assert right(tier, put(tier, 1)) == 1\n"
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert "_xxhash" in Path(f"/proc/{process.pid}/maps").read_text()
+        assert rust_built(process.pid) == []
+    finally:
+        process.communicate(b"")

@@ -18,12 +18,11 @@ from typing import Any
 import pytest
 
 from services.kvstore.tiers.contract import TierError
-from services.kvstore.tiers.disk import DiskTier
 from services.kvstore.tiers.link import Link, LinkOptions
 from services.kvstore.tiers.remote import BATCH_KEYS, RemoteTier
 from tests.kvstore.redis_rig import Server, wait_for
 from tests.kvstore.test_kvstore import rust_built
-from tests.kvstore.tier_rig import DIGEST, SLOT_BYTES, body_of, capacity, key_of, put, right, slot
+from tests.kvstore.tier_rig import DIGEST, SLOT_BYTES, body_of, key_of, put, right, slot
 
 redis = pytest.importorskip("redis", reason="the extra [redis] is not installed")
 
@@ -281,17 +280,15 @@ def test_without_the_client_library_the_extra_is_named(monkeypatch: pytest.Monke
 # ---------------------------------------------------------------------- together
 
 
-def test_both_tiers_at_work_load_nothing_built_in_rust(server: Server, tmp_path: Path) -> None:
-    tiers = [opened(server.url), DiskTier.open(tmp_path / "tier", capacity(4), SLOT_BYTES, DIGEST)]
-    for tier in tiers:
-        assert right(tier, put(tier, 1, 2)) == 2
+def test_both_tiers_at_work_load_nothing_built_in_rust(tier: RemoteTier, server: Server, tmp_path: Path) -> None:
+    put(tier, 1)
     code = (
-        "import sys; from services.kvstore.tiers import disk; from pathlib import Path\n"
+        "import sys; from pathlib import Path\n"
         "from tests.kvstore.tier_rig import *; from services.kvstore.tiers.remote import RemoteTier\n"
         f"tier = RemoteTier.open({server.url!r}, SLOT_BYTES, DIGEST)\n"
         "while not tier.up: pass\n"
         "assert right(tier, [key_of(1)]) == 1\n"
-        f"other = DiskTier.open(Path({str(tmp_path / 'other')!r}), capacity(4), SLOT_BYTES, DIGEST)\n"
+        f"other = reopen(Path({str(tmp_path / 'other')!r}))\n"
         "assert right(other, put(other, 1)) == 1\n"
         "print('ready', flush=True); sys.stdin.read()"
     )
@@ -306,5 +303,3 @@ def test_both_tiers_at_work_load_nothing_built_in_rust(server: Server, tmp_path:
         assert rust_built(process.pid) == []
     finally:
         process.communicate(b"")
-        for tier in tiers:
-            tier.close()

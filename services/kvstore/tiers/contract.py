@@ -52,7 +52,8 @@ class Tier(Protocol):
 
         `view` is one block of slot_bytes. `still` is called on that thread once the bytes were read, and says whether
         they were still the block's (the slot's generation is the same); if not, nothing is kept. False when the tier
-        takes no more for now; True also when it has the block. A block may come before its parent.
+        takes no more for now; True also when it has the block. A block may come before its parent. Raises ValueError
+        on a view of another size.
         """
 
     def leading(self, keys: Sequence[bytes]) -> int:
