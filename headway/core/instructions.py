@@ -33,4 +33,26 @@ class Offer:
     granted: Granted
 
 
-Instruction = Reply | Reclaim | Offer
+@dataclass(frozen=True, slots=True)
+class StartPull:
+    """Fetch what this lease lacks from another node; the pull holds the lease (as PULL) until it is released."""
+
+    lease_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopPull:
+    """Nobody needs what is being fetched for this lease: stop writing to its slots, then release it."""
+
+    lease_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A lease whose decode worker is on another node has more sealed blocks."""
+
+    request: tuple[str, int]
+    lease_id: int
+
+
+Instruction = Reply | Reclaim | Offer | StartPull | StopPull | Filled

@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 
 from headway.core.blocks import Block
 
+# The session of the store itself, while it writes fetched blocks into a lease's slots.
+PULL = "pull"
+# A joiner with this prefix is not a worker of this node but the kvstore of the node that it names.
+REMOTE = "@"
+
 
 class Problem(enum.Enum):
     """Why an operation was refused."""
@@ -60,6 +65,19 @@ class Done:
     pass
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a lease's missing blocks come from: the kvstore at `address`.
+
+    `blocks` leading blocks that it is believed to have; or `follow`: all of this request's prefill there, as it is
+    computed, its partial last block included.
+    """
+
+    address: str
+    blocks: int = 0
+    follow: bool = False
+
+
 Result = Granted | Changed | Added | Done | Refused
 
 
@@ -87,6 +105,13 @@ class Lease:
     # Until when a lease without holder waits for its joiner; None when it does not.
     held_until_s: float | None = None
     reclaiming: bool = False
+    # What is fetched into its own slots; until then its holders leave them alone. None when nothing is (any more).
+    source: Source | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Decode goes on at another node."""
+        return self.joiner.startswith(REMOTE)
 
     @property
     def age(self) -> tuple[float, int]:

@@ -1,13 +1,14 @@
 """Where a request runs: filter → score → pick, by predicted seconds to its first token.
 
-An option is a prefill worker with a decode worker of its node, or a decode worker that prefills by itself.
+An option is a prefill worker with a decode worker, or a decode worker that prefills by itself; either may first fetch
+a prefix that another node has. A decode worker on another node than prefill gets its cache through the nodes' kvstores.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from headway.core.predict import Predictor
@@ -83,6 +84,13 @@ class Ask:
     decode_worker: str = ""
     force_apart: bool = False
     excluded: frozenset[str] = frozenset()
+    pull_latency_s: float = 0.0
+    # Between nodes, for the KV of one token.
+    pull_token_s: float = 0.0
+
+    def pull_s(self, tokens: int) -> float:
+        """To fetch the KV of `tokens` tokens from another node."""
+        return self.pull_latency_s + tokens * self.pull_token_s if tokens > 0 else 0.0
 
     @property
     def slots(self) -> int:
@@ -105,12 +113,20 @@ class Option:
     wait_s: float = 0.0
     compute_s: float = 0.0
     refused: Refusal | None = None
+    # The node that part of `overlap_tokens` is fetched from, while the prompt queues.
+    pull_from: str | None = None
+    pull_s: float = 0.0
 
     @property
     def cost_s(self) -> float:
         """Predicted seconds to the first token."""
-        return self.wait_s + self.compute_s
+        return max(self.wait_s, self.pull_s) + self.compute_s
 
+
+# Of a handoff between nodes, on its way when prefill ends (the last chunk); and tokens of an answer by which decode
+# workers are compared.
+LATE_TOKENS = 512
+START_TOKENS = 64
 
 _Key = tuple[bool, float, bool, int, int]
 
@@ -137,48 +153,66 @@ def _check_hints(ask: Ask, workers: Sequence[WorkerLoad]) -> None:
         ("prefill_worker", ask.prefill_worker, (Role.PREFILL,)),
         ("decode_worker", ask.decode_worker, (Role.DECODE, Role.MIXED)),
     )
-    nodes = set()
     for name, hint, roles in hints:
-        if not hint:
-            continue
-        fitting = {worker.worker_id: worker.node for worker in workers if worker.role in roles}
-        if hint not in fitting:
-            known = ", ".join(sorted(fitting)) or "none"
+        fitting = sorted(worker.worker_id for worker in workers if worker.role in roles)
+        if hint and hint not in fitting:
+            known = ", ".join(fitting) or "none"
             raise ValueError(f"placement.{name} is {hint!r}, which this fleet does not have; it has {known}")
-        nodes.add(fitting[hint])
-    if len(nodes) > 1:
-        raise ValueError("placement names workers of different nodes; name a prefill and a decode worker of one node")
 
 
-def _apart(ask: Ask, prefill: WorkerLoad, decodes: Iterable[WorkerLoad]) -> tuple[_Key, Option]:
-    """Prefill here, decode at the least loaded worker of the node."""
-    overlap = min(ask.overlap.get(prefill.node, 0), ask.prompt_tokens - 1)
-    partners = [worker for worker in decodes if worker.node == prefill.node]
-    usable = [worker for worker in partners if not _decode_refused(ask, worker)]
+def _apart(ask: Ask, prefill: WorkerLoad, decodes: Sequence[WorkerLoad]) -> tuple[_Key, Option]:
+    """Prefill here, decode where the answer's start is soonest."""
+    usable = [worker for worker in decodes if not _decode_refused(ask, worker)]
     # A mixed worker prefills all by itself; it joins others' leases only where nobody else can.
     usable = [worker for worker in usable if worker.role is Role.DECODE] or usable
     refused = _refused(ask, prefill)
     if not refused and not usable:
-        refused = _no_partner(ask, partners)
-    decode = min(usable, key=_decode_key).worker_id if usable else ask.decode_worker
-    compute_s = prefill.predictor.prefill_s(ask.prompt_tokens - overlap, overlap)
-    option = Option(prefill.worker_id, decode, overlap, prefill.wait_s, compute_s, refused)
+        refused = _no_partner(ask, decodes)
+    here = prefill.node
+    decode = min(usable, key=lambda worker: _decode_key(ask, worker, here)).worker_id if usable else ask.decode_worker
+    option = _best_prefix(ask, prefill, Option(prefill.worker_id, decode, refused=refused))
     return _key(ask, prefill, option), option
+
+
+def _best_prefix(ask: Ask, worker: WorkerLoad, option: Option) -> Option:
+    """With times: with what this node has of the prefix, or with what it can fetch, whichever is sooner."""
+
+    def timed(overlap: int, pull_from: str | None, pull_s: float) -> Option:
+        compute_s = worker.predictor.prefill_s(ask.prompt_tokens - overlap, overlap)
+        return replace(
+            option,
+            overlap_tokens=overlap,
+            wait_s=worker.wait_s,
+            compute_s=compute_s,
+            pull_from=pull_from,
+            pull_s=pull_s,
+        )
+
+    def usable(tokens: int) -> int:
+        return min(tokens, ask.prompt_tokens - 1)
+
+    own = usable(ask.overlap.get(worker.node, 0))
+    options = [timed(own, None, 0.0)]
+    others = [(usable(tokens), node) for node, tokens in ask.overlap.items() if node != worker.node]
+    tokens, node = max(others, default=(0, ""))
+    if tokens > own:
+        options.append(timed(tokens, node, ask.pull_s(tokens - own)))
+    return min(options, key=lambda timed: timed.cost_s)
 
 
 def _no_partner(ask: Ask, partners: Iterable[WorkerLoad]) -> Refusal:
     reasons = [(worker.worker_id, refusal) for worker in partners if (refusal := _decode_refused(ask, worker))]
     if not reasons:
-        return Refusal(Why.AWAY, "no decode worker is on its node")
+        return Refusal(Why.AWAY, "there is no decode worker")
     kinds = {refusal.why for _, refusal in reasons}
     sentences = "; ".join(f"{worker_id}: {refusal.sentence}" for worker_id, refusal in reasons)
-    return Refusal(min(kinds, key=list(Why).index), f"no decode worker on its node can take it ({sentences})")
+    return Refusal(min(kinds, key=list(Why).index), f"no decode worker can take it ({sentences})")
 
 
 def _by_itself(ask: Ask, decode: WorkerLoad, *, alone: bool) -> tuple[_Key, Option]:
     """The decode worker computes what is missing; each of its chunks shares a step with the running batch."""
-    overlap = min(ask.overlap.get(decode.node, 0), ask.prompt_tokens - 1)
-    missing = ask.prompt_tokens - overlap
+    option = _best_prefix(ask, decode, Option(None, decode.worker_id))
+    missing = ask.prompt_tokens - option.overlap_tokens
     refused = _refused(ask, decode)
     if not refused and ask.force_apart:
         refused = Refusal(Why.UNFIT, "the request forces prefill and decode apart")
@@ -186,8 +220,7 @@ def _by_itself(ask: Ask, decode: WorkerLoad, *, alone: bool) -> tuple[_Key, Opti
         sentence = f"{missing} tokens are left to compute, and it computes at most {ask.local_prefill_tokens} itself"
         refused = Refusal(Why.UNFIT, sentence)
     step_s = decode.step_s if decode.running > 0 else 0.0
-    compute_s = decode.predictor.prefill_s(missing, overlap) + step_s
-    option = Option(None, decode.worker_id, overlap, decode.wait_s, compute_s, refused)
+    option = replace(option, compute_s=option.compute_s + step_s, refused=refused)
     return _key(ask, decode, option), option
 
 
@@ -220,9 +253,14 @@ def _decode_refused(ask: Ask, worker: WorkerLoad) -> Refusal | None:
     return _refused(ask, worker)
 
 
-def _decode_key(worker: WorkerLoad) -> tuple[bool, float, int, int]:
-    """A full batch last, then the shortest predicted step, then who has least."""
-    return (worker.running >= worker.max_batch, worker.step_s, worker.running + worker.queued_sequences, worker.sent)
+def _decode_key(ask: Ask, worker: WorkerLoad, prefill_node: str) -> tuple[bool, float, int, int]:
+    """A full batch last, then the sooner its first tokens are drawn, then who has least.
+
+    The handoff to another node moves the prompt's KV while it is computed; what is still on its way at the end counts.
+    """
+    handoff_s = 0.0 if worker.node == prefill_node else ask.pull_s(min(ask.prompt_tokens, LATE_TOKENS))
+    start_s = handoff_s + worker.step_s * min(START_TOKENS, max(1, ask.max_tokens - ask.prompt_tokens))
+    return (worker.running >= worker.max_batch, start_s, worker.running + worker.queued_sequences, worker.sent)
 
 
 def _key(ask: Ask, worker: WorkerLoad, option: Option) -> _Key:

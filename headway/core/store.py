@@ -8,9 +8,20 @@ from __future__ import annotations
 
 from headway.core.blocks import BlockCache
 from headway.core.events import BlockEvents
-from headway.core.instructions import Instruction, Offer, Reclaim, Reply
+from headway.core.instructions import Filled, Instruction, Offer, Reclaim, Reply, StartPull, StopPull
 from headway.core.keys import ROOT
-from headway.core.leases import Added, Changed, Done, Granted, Lease, Problem, Refused, Result
+from headway.core.leases import (
+    PULL,
+    Added,
+    Changed,
+    Done,
+    Granted,
+    Lease,
+    Problem,
+    Refused,
+    Result,
+    Source,
+)
 from headway.core.slots import SlotPool
 from headway.core.waiting import Waiter, WaitQueue
 
@@ -30,6 +41,8 @@ class Store:
         self.events = BlockEvents()
         self.leases: dict[int, Lease] = {}
         self.waiters = WaitQueue()
+        # Sessions that only read what they hold: other nodes' kvstores. They can be done without at any time.
+        self.readers: set[str] = set()
         self.hit_tokens = self.missed_tokens = self.evicted_blocks = 0
         self._block = block_size
         self._hold_s = handoff_hold_s
@@ -54,8 +67,13 @@ class Store:
         deadline_s: float,
         joiner: str = "",
         request: tuple[str, int] = ("", 0),
+        source: Source | None = None,
     ) -> Result | None:
-        """Slots for `tokens` + `growth` tokens, those of the cached prefix among them; all or nothing, oldest first."""
+        """Slots for `tokens` + `growth` tokens, those of the cached prefix among them; all or nothing, oldest first.
+
+        With `source`, the rest is fetched from there into the lease's own slots, which the session leaves alone until
+        it hears of the end of it.
+        """
         if tokens < 1:
             return Refused(Problem.INVALID, "a lease is for at least one token; this acquire names none")
         blocks = -(-(tokens + growth) // self._block)
@@ -67,8 +85,9 @@ class Store:
             return Refused(Problem.TOO_LARGE, message)
         self._last_lease += 1
         waiter = Waiter(
-            session, operation_id, arrival_s, self._last_lease, deadline_s, keys, tokens, blocks, joiner, None, request
-        )
+            session, operation_id, arrival_s, self._last_lease, deadline_s, keys, tokens, blocks, joiner, None, request,
+            source,
+        )  # fmt: skip
         return self._enqueue(waiter)
 
     def extend(
@@ -132,9 +151,14 @@ class Store:
             slots,
             found,
             waiter.request,
+            source=waiter.source,
         )
         lease.holders.add(waiter.session)
         self.leases[lease.lease_id] = lease
+        if lease.source is not None:
+            lease.holders.add(PULL)
+            self._out.append(StartPull(lease.lease_id))
+        self._tell_follower(lease)
         cached = len(found) * self._block
         self.hit_tokens += cached
         self.missed_tokens += waiter.tokens - cached
@@ -165,13 +189,19 @@ class Store:
             if not younger:
                 return
             victim = max(younger, key=lambda lease: lease.age)
+            victim.holders -= self.readers
             if victim.holders:
                 victim.reclaiming = True
                 self._refuse_extension(victim)
-                self._out += [Reclaim(session, victim.lease_id) for session in sorted(victim.holders)]
+                self._reclaim(victim)
                 return
             self._end(victim)
             self._serve()
+
+    def _reclaim(self, lease: Lease) -> None:
+        self._out += [Reclaim(session, lease.lease_id) for session in sorted(lease.holders - {PULL})]
+        if PULL in lease.holders:
+            self._out.append(StopPull(lease.lease_id))
 
     def _refuse_extension(self, lease: Lease) -> None:
         refused = Refused(Problem.RECLAIMED, "older requests need the slots; start over")
@@ -212,6 +242,7 @@ class Store:
             lease.blocks.append(block)
         if stored:
             self.events.stored(stored)
+        self._tell_follower(lease)
         return Changed(changes, len(lease.blocks) * self._block)
 
     def refresh(self, session: str, lease_id: int, from_token: int) -> Result:
@@ -241,6 +272,65 @@ class Store:
         lease.slots[at] = slot
         changes.append((at, slot))
 
+    # ------------------------------------------------------------------ blocks that come from, or go to, other nodes
+
+    def fill(self, lease_id: int, blocks: int) -> None:
+        """The pull has written the next `blocks` full blocks of the lease: they are sealed.
+
+        Where a key is sealed already, the lease switches to that slot; nobody else knows the former one.
+        """
+        lease = self.leases[lease_id]
+        stored: list[bytes] = []
+        for key in lease.keys[len(lease.blocks) : len(lease.blocks) + blocks]:
+            at, block = len(lease.blocks), self.cache.get(key)
+            if block is None:
+                block = self.cache.add(key, lease.slots[at], lease.blocks[-1] if lease.blocks else None)
+                stored.append(key)
+            else:
+                self.pool.give([lease.slots[at]])
+                lease.slots[at] = block.slot
+                self.cache.hold(block)
+            lease.blocks.append(block)
+        if stored:
+            self.events.stored(stored)
+        self._serve()
+
+    def adopt(self, lease_id: int) -> int:
+        """Switch to blocks that others have sealed meanwhile, while nothing is being written; sealed blocks so far."""
+        lease = self.leases[lease_id]
+        there = self.cache.match(lease.keys, len(lease.keys))
+        self.fill(lease_id, max(0, min(len(there), lease.tokens // self._block) - len(lease.blocks)))
+        return len(lease.blocks)
+
+    def end_pull(self, lease_id: int) -> Lease | None:
+        """The pull writes nothing any more; the lease, if others still hold it."""
+        lease = self.leases[lease_id]
+        lease.source = None
+        self.release(PULL, lease_id)
+        return self.leases.get(lease_id)
+
+    def pin(self, session: str, keys: list[bytes], arrival_s: float) -> Granted:
+        """Hold the leading blocks of a chain that are here for a reader; lease 0 when none is."""
+        found = self.cache.match(keys, len(keys))
+        if not found:
+            return Granted(0, [], 0)
+        self._last_lease += 1
+        for block in found:
+            self.cache.hold(block)
+        tokens, slots = len(found) * self._block, [block.slot for block in found]
+        lease = Lease(self._last_lease, session, "", keys, tokens, arrival_s, slots, found)
+        lease.holders.add(session)
+        self.leases[lease.lease_id] = lease
+        return Granted(lease.lease_id, list(slots), tokens)
+
+    def _tell_follower(self, lease: Lease) -> None:
+        if lease.remote:
+            self._out.append(Filled(lease.request, lease.lease_id))
+
+    def _stop_lone_pull(self, lease: Lease) -> None:
+        if lease.holders == {PULL}:
+            self._out.append(StopPull(lease.lease_id))
+
     # ------------------------------------------------------------------ join, hand off, release
 
     def join(self, session: str, worker_id: str, lease_id: int) -> Result:
@@ -261,7 +351,7 @@ class Store:
         lease = self._of(session, lease_id)
         if isinstance(lease, Refused):
             return lease
-        if joiner_session is not None and not lease.reclaiming:
+        if joiner_session is not None and not lease.reclaiming and not lease.remote:
             self._pass_to(lease, joiner_session)
         return Done()
 
@@ -302,6 +392,8 @@ class Store:
         self._refuse_extension_of(session, lease)
         if not lease.holders and (held or session == lease.owner):
             self._end(lease)
+        elif held:
+            self._stop_lone_pull(lease)
         self._serve()
         return Done()
 
@@ -361,6 +453,8 @@ class Store:
                 self.pool.give(losers)
             if not lease.holders:
                 self._end(lease)
+            else:
+                self._stop_lone_pull(lease)
         self._serve()
 
     def tick(self, now_s: float) -> None:
@@ -371,7 +465,7 @@ class Store:
         if self.waiters:
             for lease in self.leases.values():
                 if lease.reclaiming:
-                    self._out += [Reclaim(session, lease.lease_id) for session in sorted(lease.holders)]
+                    self._reclaim(lease)
         late = Refused(Problem.NO_SLOTS, "the slab had no room in time; try again later, or enlarge slab_bytes")
         self._out += self.waiters.refuse(lambda waiter: waiter.deadline_s <= now_s, late)
         for lease in [lease for lease in self.leases.values() if lease.held_until_s is not None]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from headway.core.instructions import Reply
-from headway.core.leases import Lease, Refused
+from headway.core.leases import Lease, Refused, Source
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +25,7 @@ class Waiter:
     joiner: str = ""
     lease: Lease | None = None
     request: tuple[str, int] = ("", 0)
+    source: Source | None = None
 
     @property
     def age(self) -> tuple[float, int]:

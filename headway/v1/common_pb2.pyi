@@ -250,6 +250,32 @@ class Sequence(_message.Message):
 Global___Sequence: _TypeAlias = Sequence  # noqa: Y015
 
 @_typing.final
+class PullHint(_message.Message):
+    """A prefix of the sequence that lies on another node, where fetching it is faster than computing it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KVSTORE_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    kvstore: _builtins.str
+    """host:port of that node's kvstore."""
+    blocks: _builtins.int
+    """Leading blocks that it is believed to have."""
+    def __init__(
+        self,
+        *,
+        kvstore: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "kvstore", b"kvstore"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullHint: _TypeAlias = PullHint  # noqa: Y015
+
+@_typing.final
 class CancelSequence(_message.Message):
     """Stop a sequence and free what it holds; an unknown one is ignored."""
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headway.v1 import common_pb2 as headway_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17headway/v1/decode.proto\x12\nheadway.v1\x1a\x17headway/v1/common.proto\"F\n\x17\x44\x65\x63odeServiceRunRequest\x12+\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x19.headway.v1.DecodeCommand\"\xc8\x01\n\rDecodeCommand\x12*\n\x06\x65xpect\x18\x01 \x01(\x0b\x32\x18.headway.v1.DecodeExpectH\x00\x12(\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x17.headway.v1.DecodeBeginH\x00\x12(\n\x05start\x18\x03 \x01(\x0b\x32\x17.headway.v1.DecodeStartH\x00\x12,\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x1a.headway.v1.CancelSequenceH\x00\x42\t\n\x07\x63ommand\"6\n\x0c\x44\x65\x63odeExpect\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.headway.v1.Sequence\"|\n\x0b\x44\x65\x63odeBegin\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12&\n\x0b\x66irst_token\x18\x05 \x01(\x0b\x32\x11.headway.v1.Token\"5\n\x0b\x44\x65\x63odeStart\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.headway.v1.Sequence\"C\n\x18\x44\x65\x63odeServiceRunResponse\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.headway.v1.DecodeEvent\"\x90\x01\n\x0b\x44\x65\x63odeEvent\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.headway.v1.DecodeTokensH\x00\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x13.headway.v1.FailureH\x00\x42\x07\n\x05\x65vent\"\x84\x02\n\x0c\x44\x65\x63odeTokens\x12!\n\x06tokens\x18\x01 \x03(\x0b\x32\x11.headway.v1.Token\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.headway.v1.FinishReason\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.headway.v1.Timings\x12\x1a\n\rcached_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0f\x63omputed_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\x12working_copy_bytes\x18\x06 \x01(\x04\x42\x10\n\x0e_cached_tokensB\x12\n\x10_computed_tokens2e\n\rDecodeService\x12T\n\x03Run\x12#.headway.v1.DecodeServiceRunRequest\x1a$.headway.v1.DecodeServiceRunResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17headway/v1/decode.proto\x12\nheadway.v1\x1a\x17headway/v1/common.proto\"F\n\x17\x44\x65\x63odeServiceRunRequest\x12+\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x19.headway.v1.DecodeCommand\"\xc8\x01\n\rDecodeCommand\x12*\n\x06\x65xpect\x18\x01 \x01(\x0b\x32\x18.headway.v1.DecodeExpectH\x00\x12(\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x17.headway.v1.DecodeBeginH\x00\x12(\n\x05start\x18\x03 \x01(\x0b\x32\x17.headway.v1.DecodeStartH\x00\x12,\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x1a.headway.v1.CancelSequenceH\x00\x42\t\n\x07\x63ommand\"O\n\x0c\x44\x65\x63odeExpect\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.headway.v1.Sequence\x12\x17\n\x0fprefill_kvstore\x18\x02 \x01(\t\"|\n\x0b\x44\x65\x63odeBegin\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12&\n\x0b\x66irst_token\x18\x05 \x01(\x0b\x32\x11.headway.v1.Token\"Y\n\x0b\x44\x65\x63odeStart\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.headway.v1.Sequence\x12\"\n\x04pull\x18\x02 \x01(\x0b\x32\x14.headway.v1.PullHint\"C\n\x18\x44\x65\x63odeServiceRunResponse\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.headway.v1.DecodeEvent\"\x90\x01\n\x0b\x44\x65\x63odeEvent\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.headway.v1.DecodeTokensH\x00\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x13.headway.v1.FailureH\x00\x42\x07\n\x05\x65vent\"\x9a\x02\n\x0c\x44\x65\x63odeTokens\x12!\n\x06tokens\x18\x01 \x03(\x0b\x32\x11.headway.v1.Token\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.headway.v1.FinishReason\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.headway.v1.Timings\x12\x1a\n\rcached_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0f\x63omputed_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\x12working_copy_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x07 \x01(\x04\x42\x10\n\x0e_cached_tokensB\x12\n\x10_computed_tokens2e\n\rDecodeService\x12T\n\x03Run\x12#.headway.v1.DecodeServiceRunRequest\x1a$.headway.v1.DecodeServiceRunResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,17 +37,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODECOMMAND']._serialized_start=137
   _globals['_DECODECOMMAND']._serialized_end=337
   _globals['_DECODEEXPECT']._serialized_start=339
-  _globals['_DECODEEXPECT']._serialized_end=393
-  _globals['_DECODEBEGIN']._serialized_start=395
-  _globals['_DECODEBEGIN']._serialized_end=519
-  _globals['_DECODESTART']._serialized_start=521
-  _globals['_DECODESTART']._serialized_end=574
-  _globals['_DECODESERVICERUNRESPONSE']._serialized_start=576
-  _globals['_DECODESERVICERUNRESPONSE']._serialized_end=643
-  _globals['_DECODEEVENT']._serialized_start=646
-  _globals['_DECODEEVENT']._serialized_end=790
-  _globals['_DECODETOKENS']._serialized_start=793
-  _globals['_DECODETOKENS']._serialized_end=1053
-  _globals['_DECODESERVICE']._serialized_start=1055
-  _globals['_DECODESERVICE']._serialized_end=1156
+  _globals['_DECODEEXPECT']._serialized_end=418
+  _globals['_DECODEBEGIN']._serialized_start=420
+  _globals['_DECODEBEGIN']._serialized_end=544
+  _globals['_DECODESTART']._serialized_start=546
+  _globals['_DECODESTART']._serialized_end=635
+  _globals['_DECODESERVICERUNRESPONSE']._serialized_start=637
+  _globals['_DECODESERVICERUNRESPONSE']._serialized_end=704
+  _globals['_DECODEEVENT']._serialized_start=707
+  _globals['_DECODEEVENT']._serialized_end=851
+  _globals['_DECODETOKENS']._serialized_start=854
+  _globals['_DECODETOKENS']._serialized_end=1136
+  _globals['_DECODESERVICE']._serialized_start=1138
+  _globals['_DECODESERVICE']._serialized_end=1239
 # @@protoc_insertion_point(module_scope)

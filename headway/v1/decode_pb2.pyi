@@ -84,16 +84,20 @@ class DecodeExpect(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    PREFILL_KVSTORE_FIELD_NUMBER: _builtins.int
+    prefill_kvstore: _builtins.str
+    """Set when prefill is on another node: host:port of its kvstore. Slots are taken and fetching starts at once."""
     @_builtins.property
     def sequence(self) -> _common_pb2.Sequence: ...
     def __init__(
         self,
         *,
         sequence: _common_pb2.Sequence | None = ...,
+        prefill_kvstore: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill_kvstore", b"prefill_kvstore", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -138,16 +142,22 @@ class DecodeStart(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sequence(self) -> _common_pb2.Sequence: ...
+    @_builtins.property
+    def pull(self) -> _common_pb2.PullHint:
+        """Fetch this much of the prefix from another node first."""
+
     def __init__(
         self,
         *,
         sequence: _common_pb2.Sequence | None = ...,
+        pull: _common_pb2.PullHint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull", "sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -217,11 +227,14 @@ class DecodeTokens(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     WORKING_COPY_BYTES_FIELD_NUMBER: _builtins.int
+    PULLED_BYTES_FIELD_NUMBER: _builtins.int
     finish_reason: _common_pb2.FinishReason.ValueType
     """Set on the last message of the sequence."""
     cached_tokens: _builtins.int
     computed_tokens: _builtins.int
     working_copy_bytes: _builtins.int
+    pulled_bytes: _builtins.int
+    """On the first message: KV bytes that came from another node."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]: ...
     @_builtins.property
@@ -237,10 +250,11 @@ class DecodeTokens(_message.Message):
         cached_tokens: _builtins.int | None = ...,
         computed_tokens: _builtins.int | None = ...,
         working_copy_bytes: _builtins.int = ...,
+        pulled_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "finish_reason", b"finish_reason", "timings", b"timings", "tokens", b"tokens", "working_copy_bytes", b"working_copy_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "finish_reason", b"finish_reason", "pulled_bytes", b"pulled_bytes", "timings", b"timings", "tokens", b"tokens", "working_copy_bytes", b"working_copy_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015

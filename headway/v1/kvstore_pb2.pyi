@@ -111,6 +111,7 @@ class AttachOperation(_message.Message):
     CANCEL_ACQUIRE_FIELD_NUMBER: _builtins.int
     HAND_OFF_FIELD_NUMBER: _builtins.int
     OFFER_FIELD_NUMBER: _builtins.int
+    FINISH_PULL_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.int
     """Chosen by the worker; the reply carries it back. 0: no reply wanted."""
     @_builtins.property
@@ -133,6 +134,8 @@ class AttachOperation(_message.Message):
     def hand_off(self) -> Global___HandOffLease: ...
     @_builtins.property
     def offer(self) -> Global___OfferLease: ...
+    @_builtins.property
+    def finish_pull(self) -> Global___FinishPull: ...
     def __init__(
         self,
         *,
@@ -147,12 +150,13 @@ class AttachOperation(_message.Message):
         cancel_acquire: Global___CancelAcquire | None = ...,
         hand_off: Global___HandOffLease | None = ...,
         offer: Global___OfferLease | None = ...,
+        finish_pull: Global___FinishPull | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "cancel_acquire", b"cancel_acquire", "extend", b"extend", "hand_off", b"hand_off", "join", b"join", "offer", b"offer", "operation", b"operation", "refresh", b"refresh", "release", b"release", "renew", b"renew", "seal", b"seal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "cancel_acquire", b"cancel_acquire", "extend", b"extend", "finish_pull", b"finish_pull", "hand_off", b"hand_off", "join", b"join", "offer", b"offer", "operation", b"operation", "refresh", b"refresh", "release", b"release", "renew", b"renew", "seal", b"seal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "cancel_acquire", b"cancel_acquire", "extend", b"extend", "hand_off", b"hand_off", "join", b"join", "offer", b"offer", "operation", b"operation", "operation_id", b"operation_id", "refresh", b"refresh", "release", b"release", "renew", b"renew", "seal", b"seal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "cancel_acquire", b"cancel_acquire", "extend", b"extend", "finish_pull", b"finish_pull", "hand_off", b"hand_off", "join", b"join", "offer", b"offer", "operation", b"operation", "operation_id", b"operation_id", "refresh", b"refresh", "release", b"release", "renew", b"renew", "seal", b"seal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["acquire", "seal", "join", "extend", "release", "renew", "refresh", "cancel_acquire", "hand_off", "offer"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["acquire", "seal", "join", "extend", "release", "renew", "refresh", "cancel_acquire", "hand_off", "offer", "finish_pull"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -174,6 +178,7 @@ class AcquireLease(_message.Message):
     ARRIVAL_S_FIELD_NUMBER: _builtins.int
     JOINER_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     attempt: _builtins.int
     block_keys: _builtins.bytes
@@ -185,6 +190,10 @@ class AcquireLease(_message.Message):
     """Expected to join; empty: nobody."""
     timeout_s: _builtins.float
     """Seconds to wait for slots before RESOURCE_EXHAUSTED."""
+    @_builtins.property
+    def pull(self) -> Global___PullBlocks:
+        """Fetch what the slab lacks before anything is computed: after the grant the slots are left alone until LeasePulled."""
+
     def __init__(
         self,
         *,
@@ -196,14 +205,47 @@ class AcquireLease(_message.Message):
         arrival_s: _builtins.float = ...,
         joiner: _builtins.str = ...,
         timeout_s: _builtins.float = ...,
+        pull: Global___PullBlocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_s", b"arrival_s", "attempt", b"attempt", "block_keys", b"block_keys", "growth_tokens", b"growth_tokens", "joiner", b"joiner", "sequence_id", b"sequence_id", "timeout_s", b"timeout_s", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_s", b"arrival_s", "attempt", b"attempt", "block_keys", b"block_keys", "growth_tokens", b"growth_tokens", "joiner", b"joiner", "pull", b"pull", "sequence_id", b"sequence_id", "timeout_s", b"timeout_s", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AcquireLease: _TypeAlias = AcquireLease  # noqa: Y015
+
+@_typing.final
+class PullBlocks(_message.Message):
+    """Blocks that another node's kvstore has, or is about to have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KVSTORE_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    FOLLOW_FIELD_NUMBER: _builtins.int
+    kvstore: _builtins.str
+    """host:port of that kvstore."""
+    blocks: _builtins.int
+    """Leading blocks of block_keys that it is believed to have."""
+    follow: _builtins.bool
+    """Rather: all that its prefill of this sequence and attempt computes, as it is computed, the partial last block
+    included.
+    """
+    def __init__(
+        self,
+        *,
+        kvstore: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+        follow: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "follow", b"follow", "kvstore", b"kvstore"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullBlocks: _TypeAlias = PullBlocks  # noqa: Y015
 
 @_typing.final
 class CancelAcquire(_message.Message):
@@ -350,6 +392,29 @@ class OfferLease(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OfferLease: _TypeAlias = OfferLease  # noqa: Y015
+
+@_typing.final
+class FinishPull(_message.Message):
+    """The prefill that this lease follows on another node is done: what that node does not tell of within a second will not
+    come any more.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishPull: _TypeAlias = FinishPull  # noqa: Y015
 
 @_typing.final
 class ExtendLease(_message.Message):
@@ -516,6 +581,7 @@ class AttachReply(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     RECLAIM_FIELD_NUMBER: _builtins.int
     REFRESHED_FIELD_NUMBER: _builtins.int
+    PULLED_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.int
     """0: not an answer but a push (reclaim, or a lease granted by handoff)."""
     @_builtins.property
@@ -534,6 +600,10 @@ class AttachReply(_message.Message):
 
     @_builtins.property
     def refreshed(self) -> Global___LeaseRefreshed: ...
+    @_builtins.property
+    def pulled(self) -> Global___LeasePulled:
+        """A push: fetching is over, well or not; what is missing has to be computed."""
+
     def __init__(
         self,
         *,
@@ -545,16 +615,50 @@ class AttachReply(_message.Message):
         failure: _common_pb2.Failure | None = ...,
         reclaim: Global___ReclaimLease | None = ...,
         refreshed: Global___LeaseRefreshed | None = ...,
+        pulled: Global___LeasePulled | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "extended", b"extended", "failure", b"failure", "granted", b"granted", "reclaim", b"reclaim", "refreshed", b"refreshed", "reply", b"reply", "sealed", b"sealed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "extended", b"extended", "failure", b"failure", "granted", b"granted", "pulled", b"pulled", "reclaim", b"reclaim", "refreshed", b"refreshed", "reply", b"reply", "sealed", b"sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "extended", b"extended", "failure", b"failure", "granted", b"granted", "operation_id", b"operation_id", "reclaim", b"reclaim", "refreshed", b"refreshed", "reply", b"reply", "sealed", b"sealed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "extended", b"extended", "failure", b"failure", "granted", b"granted", "operation_id", b"operation_id", "pulled", b"pulled", "reclaim", b"reclaim", "refreshed", b"refreshed", "reply", b"reply", "sealed", b"sealed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_reply: _TypeAlias = _typing.Literal["granted", "sealed", "extended", "done", "failure", "reclaim", "refreshed"]  # noqa: Y015
+    _WhichOneofReturnType_reply: _TypeAlias = _typing.Literal["granted", "sealed", "extended", "done", "failure", "reclaim", "refreshed", "pulled"]  # noqa: Y015
     _WhichOneofArgType_reply: _TypeAlias = _typing.Literal["reply", b"reply"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_reply) -> _WhichOneofReturnType_reply | None: ...
 
 Global___AttachReply: _TypeAlias = AttachReply  # noqa: Y015
+
+@_typing.final
+class LeasePulled(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.int
+    cached_tokens: _builtins.int
+    """Leading tokens whose K and V are in the slab now."""
+    bytes: _builtins.int
+    """Bytes that came from another node for this lease."""
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The whole block table: it may have changed."""
+
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.int = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
+        cached_tokens: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "cached_tokens", b"cached_tokens", "lease_id", b"lease_id", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeasePulled: _TypeAlias = LeasePulled  # noqa: Y015
 
 @_typing.final
 class LeaseGranted(_message.Message):
@@ -905,6 +1009,9 @@ class StatsResponse(_message.Message):
     MISSED_TOKENS_FIELD_NUMBER: _builtins.int
     EVICTED_BLOCKS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    CORRUPT_BLOCKS_FIELD_NUMBER: _builtins.int
+    TRANSFERS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     epoch: _builtins.int
     total_slots: _builtins.int
@@ -919,6 +1026,9 @@ class StatsResponse(_message.Message):
     missed_tokens: _builtins.int
     evicted_blocks: _builtins.int
     pid: _builtins.int
+    corrupt_blocks: _builtins.int
+    """Blocks that came with a wrong checksum, and were thrown away."""
+    transfers_in_flight: _builtins.int
     @_builtins.property
     def kv_format(self) -> _common_pb2.KvFormat: ...
     @_builtins.property
@@ -930,6 +1040,10 @@ class StatsResponse(_message.Message):
     @_builtins.property
     def checksums(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockChecksum]:
         """Key → checksum of the block's bytes, when asked for."""
+
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerStats]:
+        """Other nodes' kvstores that this one reads from."""
 
     def __init__(
         self,
@@ -952,14 +1066,61 @@ class StatsResponse(_message.Message):
         missed_tokens: _builtins.int = ...,
         evicted_blocks: _builtins.int = ...,
         pid: _builtins.int = ...,
+        peers: _abc.Iterable[Global___PeerStats] | None = ...,
+        corrupt_blocks: _builtins.int = ...,
+        transfers_in_flight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_format", b"kv_format"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_slots", b"cached_slots", "checksums", b"checksums", "epoch", b"epoch", "evicted_blocks", b"evicted_blocks", "free_slots", b"free_slots", "hit_tokens", b"hit_tokens", "integrity_errors", b"integrity_errors", "kv_format", b"kv_format", "leased_slots", b"leased_slots", "leases", b"leases", "missed_tokens", b"missed_tokens", "node_id", b"node_id", "pid", b"pid", "quarantined_slots", b"quarantined_slots", "slot_stride", b"slot_stride", "total_slots", b"total_slots", "waiting_acquires", b"waiting_acquires", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_slots", b"cached_slots", "checksums", b"checksums", "corrupt_blocks", b"corrupt_blocks", "epoch", b"epoch", "evicted_blocks", b"evicted_blocks", "free_slots", b"free_slots", "hit_tokens", b"hit_tokens", "integrity_errors", b"integrity_errors", "kv_format", b"kv_format", "leased_slots", b"leased_slots", "leases", b"leases", "missed_tokens", b"missed_tokens", "node_id", b"node_id", "peers", b"peers", "pid", b"pid", "quarantined_slots", b"quarantined_slots", "slot_stride", b"slot_stride", "total_slots", b"total_slots", "transfers_in_flight", b"transfers_in_flight", "waiting_acquires", b"waiting_acquires", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatsResponse: _TypeAlias = StatsResponse  # noqa: Y015
+
+@_typing.final
+class PeerStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PLANE_FIELD_NUMBER: _builtins.int
+    PROBE_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    address: _builtins.str
+    plane: _builtins.str
+    """The plane in use; empty: not connected."""
+    probe_bytes_per_s: _builtins.float
+    """As measured by the probe when the peers connected, bytes a second."""
+    bytes: _builtins.int
+    blocks: _builtins.int
+    busy_s: _builtins.float
+    """Seconds during which at least one transfer was running."""
+    fallbacks: _builtins.int
+    """How often a plane broke and another one was taken."""
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        plane: _builtins.str = ...,
+        probe_bytes_per_s: _builtins.float = ...,
+        bytes: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        busy_s: _builtins.float = ...,
+        fallbacks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "busy_s", b"busy_s", "bytes", b"bytes", "fallbacks", b"fallbacks", "node_id", b"node_id", "plane", b"plane", "probe_bytes_per_s", b"probe_bytes_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerStats: _TypeAlias = PeerStats  # noqa: Y015
 
 @_typing.final
 class BlockChecksum(_message.Message):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headway.v1 import common_pb2 as headway_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18headway/v1/prefill.proto\x12\nheadway.v1\x1a\x17headway/v1/common.proto\"H\n\x18PrefillServiceRunRequest\x12,\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x1a.headway.v1.PrefillCommand\"t\n\x0ePrefillCommand\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.headway.v1.PrefillStartH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.headway.v1.CancelSequenceH\x00\x42\t\n\x07\x63ommand\"M\n\x0cPrefillStart\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.headway.v1.Sequence\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\"E\n\x19PrefillServiceRunResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.headway.v1.PrefillEvent\"\xc5\x01\n\x0cPrefillEvent\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12/\n\x08progress\x18\x03 \x01(\x0b\x32\x1b.headway.v1.PrefillProgressH\x00\x12-\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x16.headway.v1.FirstTokenH\x00\x12&\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x13.headway.v1.FailureH\x00\x42\x07\n\x05\x65vent\"D\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x18\n\x10remaining_tokens\x18\x02 \x01(\r\"\xd6\x01\n\nFirstToken\x12 \n\x05token\x18\x01 \x01(\x0b\x32\x11.headway.v1.Token\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x05 \x01(\r\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.headway.v1.Timings\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.headway.v1.FinishReason2h\n\x0ePrefillService\x12V\n\x03Run\x12$.headway.v1.PrefillServiceRunRequest\x1a%.headway.v1.PrefillServiceRunResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18headway/v1/prefill.proto\x12\nheadway.v1\x1a\x17headway/v1/common.proto\"H\n\x18PrefillServiceRunRequest\x12,\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x1a.headway.v1.PrefillCommand\"t\n\x0ePrefillCommand\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.headway.v1.PrefillStartH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.headway.v1.CancelSequenceH\x00\x42\t\n\x07\x63ommand\"\x86\x01\n\x0cPrefillStart\x12&\n\x08sequence\x18\x01 \x01(\x0b\x32\x14.headway.v1.Sequence\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65\x63ode_node\x18\x03 \x01(\t\x12\"\n\x04pull\x18\x04 \x01(\x0b\x32\x14.headway.v1.PullHint\"E\n\x19PrefillServiceRunResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.headway.v1.PrefillEvent\"\xc5\x01\n\x0cPrefillEvent\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12/\n\x08progress\x18\x03 \x01(\x0b\x32\x1b.headway.v1.PrefillProgressH\x00\x12-\n\x0b\x66irst_token\x18\x04 \x01(\x0b\x32\x16.headway.v1.FirstTokenH\x00\x12&\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x13.headway.v1.FailureH\x00\x42\x07\n\x05\x65vent\"D\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x18\n\x10remaining_tokens\x18\x02 \x01(\r\"\xec\x01\n\nFirstToken\x12 \n\x05token\x18\x01 \x01(\x0b\x32\x11.headway.v1.Token\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x05 \x01(\r\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.headway.v1.Timings\x12\x14\n\x0cpulled_bytes\x18\x08 \x01(\x04\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.headway.v1.FinishReason2h\n\x0ePrefillService\x12V\n\x03Run\x12$.headway.v1.PrefillServiceRunRequest\x1a%.headway.v1.PrefillServiceRunResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,16 +36,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLSERVICERUNREQUEST']._serialized_end=137
   _globals['_PREFILLCOMMAND']._serialized_start=139
   _globals['_PREFILLCOMMAND']._serialized_end=255
-  _globals['_PREFILLSTART']._serialized_start=257
-  _globals['_PREFILLSTART']._serialized_end=334
-  _globals['_PREFILLSERVICERUNRESPONSE']._serialized_start=336
-  _globals['_PREFILLSERVICERUNRESPONSE']._serialized_end=405
-  _globals['_PREFILLEVENT']._serialized_start=408
-  _globals['_PREFILLEVENT']._serialized_end=605
-  _globals['_PREFILLPROGRESS']._serialized_start=607
-  _globals['_PREFILLPROGRESS']._serialized_end=675
-  _globals['_FIRSTTOKEN']._serialized_start=678
-  _globals['_FIRSTTOKEN']._serialized_end=892
-  _globals['_PREFILLSERVICE']._serialized_start=894
-  _globals['_PREFILLSERVICE']._serialized_end=998
+  _globals['_PREFILLSTART']._serialized_start=258
+  _globals['_PREFILLSTART']._serialized_end=392
+  _globals['_PREFILLSERVICERUNRESPONSE']._serialized_start=394
+  _globals['_PREFILLSERVICERUNRESPONSE']._serialized_end=463
+  _globals['_PREFILLEVENT']._serialized_start=466
+  _globals['_PREFILLEVENT']._serialized_end=663
+  _globals['_PREFILLPROGRESS']._serialized_start=665
+  _globals['_PREFILLPROGRESS']._serialized_end=733
+  _globals['_FIRSTTOKEN']._serialized_start=736
+  _globals['_FIRSTTOKEN']._serialized_end=972
+  _globals['_PREFILLSERVICE']._serialized_start=974
+  _globals['_PREFILLSERVICE']._serialized_end=1078
 # @@protoc_insertion_point(module_scope)

@@ -71,19 +71,29 @@ class PrefillStart(_message.Message):
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     DECODE_WORKER_FIELD_NUMBER: _builtins.int
+    DECODE_NODE_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
     decode_worker: _builtins.str
     """The worker that will join the lease."""
+    decode_node: _builtins.str
+    """Set when that worker is on another node: that node's id. Its kvstore follows the sequence."""
     @_builtins.property
     def sequence(self) -> _common_pb2.Sequence: ...
+    @_builtins.property
+    def pull(self) -> _common_pb2.PullHint:
+        """Fetch this much of the prefix from another node first."""
+
     def __init__(
         self,
         *,
         sequence: _common_pb2.Sequence | None = ...,
         decode_worker: _builtins.str = ...,
+        decode_node: _builtins.str = ...,
+        pull: _common_pb2.PullHint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull", "sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_node", b"decode_node", "decode_worker", b"decode_worker", "pull", b"pull", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,12 +187,15 @@ class FirstToken(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    PULLED_BYTES_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     """The lease to join, in this kvstore's epoch."""
     epoch: _builtins.int
     cached_tokens: _builtins.int
     computed_tokens: _builtins.int
+    pulled_bytes: _builtins.int
+    """KV bytes of the prefix that came from another node."""
     finish_reason: _common_pb2.FinishReason.ValueType
     """Set when this token already ends the answer (then no decode is needed and the lease is gone)."""
     @_builtins.property
@@ -198,11 +211,12 @@ class FirstToken(_message.Message):
         cached_tokens: _builtins.int = ...,
         computed_tokens: _builtins.int = ...,
         timings: _common_pb2.Timings | None = ...,
+        pulled_bytes: _builtins.int = ...,
         finish_reason: _common_pb2.FinishReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "epoch", b"epoch", "finish_reason", b"finish_reason", "lease_id", b"lease_id", "timings", b"timings", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "epoch", b"epoch", "finish_reason", b"finish_reason", "lease_id", b"lease_id", "pulled_bytes", b"pulled_bytes", "timings", b"timings", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -356,6 +356,7 @@ class Usage(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     HANDOFF_BYTES_FIELD_NUMBER: _builtins.int
     WORKING_COPY_BYTES_FIELD_NUMBER: _builtins.int
+    PULLED_BYTES_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
     """Of the prompt: found in the cache, and computed."""
@@ -365,6 +366,8 @@ class Usage(_message.Message):
     """KV bytes that the handoff moved between slabs; 0 on one node."""
     working_copy_bytes: _builtins.int
     """KV bytes that the decode engine copied for its own working copy."""
+    pulled_bytes: _builtins.int
+    """KV bytes of the prompt's prefix that were fetched from another node."""
     def __init__(
         self,
         *,
@@ -374,10 +377,11 @@ class Usage(_message.Message):
         output_tokens: _builtins.int = ...,
         handoff_bytes: _builtins.int = ...,
         working_copy_bytes: _builtins.int = ...,
+        pulled_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "handoff_bytes", b"handoff_bytes", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "working_copy_bytes", b"working_copy_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "handoff_bytes", b"handoff_bytes", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "pulled_bytes", b"pulled_bytes", "working_copy_bytes", b"working_copy_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -439,6 +443,8 @@ class PlacementOption(_message.Message):
     COMPUTE_S_FIELD_NUMBER: _builtins.int
     COST_S_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    PULL_FROM_FIELD_NUMBER: _builtins.int
+    PULL_S_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     decode_worker: _builtins.str
     overlap_tokens: _builtins.int
@@ -449,6 +455,11 @@ class PlacementOption(_message.Message):
     cost_s: _builtins.float
     refused: _builtins.str
     """Empty, or why it was filtered out."""
+    pull_from: _builtins.str
+    """Where part of the prefix would be fetched from (the kvstore's address), and the seconds that this takes; the prompt
+    waits in the queue meanwhile.
+    """
+    pull_s: _builtins.float
     def __init__(
         self,
         *,
@@ -459,10 +470,12 @@ class PlacementOption(_message.Message):
         compute_s: _builtins.float = ...,
         cost_s: _builtins.float = ...,
         refused: _builtins.str = ...,
+        pull_from: _builtins.str = ...,
+        pull_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "cost_s", b"cost_s", "decode_worker", b"decode_worker", "overlap_tokens", b"overlap_tokens", "prefill_worker", b"prefill_worker", "refused", b"refused", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "cost_s", b"cost_s", "decode_worker", b"decode_worker", "overlap_tokens", b"overlap_tokens", "prefill_worker", b"prefill_worker", "pull_from", b"pull_from", "pull_s", b"pull_s", "refused", b"refused", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

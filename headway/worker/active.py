@@ -41,7 +41,11 @@ class Sink(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Active:
-    """joiner: the decode worker that will join the lease; empty: the sequence stays here until its end."""
+    """joiner: the decode worker (or, with a leading "@", the node) that goes on with the lease; empty: the sequence
+    stays here until its end.
+
+    pull: what its kvstore fetches from another node before anything is computed here.
+    """
 
     sequence: Sequence
     sink: Sink
@@ -49,6 +53,10 @@ class Active:
     joiner: str = ""
     # Came by handoff: its prompt was computed elsewhere.
     joined: bool = False
+    pull: kvstore_pb2.PullBlocks | None = None
+    pulled_bytes: int = 0
+    # Its prompt is being computed on another node: nothing runs here before the router's Begin brings the first token.
+    expecting: bool = False
     expiry: asyncio.TimerHandle | None = None
     phase: Phase = Phase.ACQUIRING
     lease_id: int = 0
@@ -74,7 +82,8 @@ class Active:
 
     @property
     def runnable(self) -> bool:
-        return self.phase is Phase.READY and not self.stepping and len(self.sequence.tokens) <= self.capacity
+        ready = self.phase is Phase.READY and not self.stepping and not self.expecting
+        return ready and len(self.sequence.tokens) <= self.capacity
 
     def change_slots(self, changes: list[kvstore_pb2.SlotChange]) -> None:
         """Apply now, or after the forward that is using the table."""

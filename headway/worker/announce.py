@@ -80,7 +80,7 @@ class Announcer:
     def status(self) -> router_pb2.WorkerStatus:
         loop = self._loop
         running = [active.sequence for active in loop.actives if active.sequence.decoding]
-        waiting = [active.sequence for active in loop.actives if not active.sequence.decoding]
+        waiting = [active.sequence for active in loop.actives if not active.sequence.decoding and not active.expecting]
         slab = loop.slab
         return router_pb2.WorkerStatus(
             ready=slab is not None,

@@ -58,6 +58,7 @@ class Attachment:
     on_lost(): awaited before the next try; returns only when nothing writes to the slab any more.
     on_reclaim(lease_id): the store wants these slots back.
     on_offer(granted): a lease passed to this worker by handoff.
+    on_pulled(pulled): what was to be fetched for a lease from another node is there, as far as it could be had.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Attachment:
         on_lost: Callable[[], Awaitable[None]],
         on_reclaim: Callable[[int], None],
         on_offer: Callable[[kvstore_pb2.LeaseGranted], None],
+        on_pulled: Callable[[kvstore_pb2.LeasePulled], None],
     ) -> None:
         self._address = address
         self._hello = kvstore_pb2.AttachHello(
@@ -79,7 +81,7 @@ class Attachment:
             incarnation=uuid.uuid4().hex,
         )
         self._on_attached, self._on_lost = on_attached, on_lost
-        self._on_reclaim, self._on_offer = on_reclaim, on_offer
+        self._on_reclaim, self._on_offer, self._on_pulled = on_reclaim, on_offer, on_pulled
         self._session: _Session | None = None
         self._last_id = 0
         self.slab: Slab | None = None
@@ -160,6 +162,8 @@ class Attachment:
         for reply in replies.replies:
             if reply.operation_id == 0 and reply.HasField("granted"):
                 self._on_offer(reply.granted)
+            elif reply.operation_id == 0 and reply.HasField("pulled"):
+                self._on_pulled(reply.pulled)
             elif reply.operation_id == 0:
                 self._on_reclaim(reply.reclaim.lease_id)
             elif on_reply := session.waiting.pop(reply.operation_id, None):

@@ -9,7 +9,7 @@ from headway.core.model import ModelCard
 from headway.core.sequence import Finish, Sequence
 from headway.engine.contract import Drawn
 from headway.runtime.convert import sampling_from_proto
-from headway.v1 import common_pb2
+from headway.v1 import common_pb2, decode_pb2, kvstore_pb2, prefill_pb2
 
 FINISH = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
@@ -85,3 +85,10 @@ def token_to_proto(drawn: Drawn, output_index: int) -> common_pb2.Token:
 
 def failure(code: grpc.StatusCode, message: str, *, retryable: bool) -> common_pb2.Failure:
     return common_pb2.Failure(code=code.value[0], message=message, retryable=retryable)
+
+
+def pull_from_proto(start: prefill_pb2.PrefillStart | decode_pb2.DecodeStart) -> kvstore_pb2.PullBlocks | None:
+    """What the kvstore is to fetch first."""
+    if not start.pull.blocks:
+        return None
+    return kvstore_pb2.PullBlocks(kvstore=start.pull.kvstore, blocks=start.pull.blocks)

@@ -21,6 +21,7 @@ from headway.worker.attach import Attachment, OnReply, failed
 log = logging.getLogger(__name__)
 
 HANDED_OFF_KEPT = 4096
+CANCELLED_KEPT = 4096
 # How long a lease that passed to this worker waits for the router's Begin.
 OFFER_S = 10.0
 
@@ -48,6 +49,8 @@ class Leases:
         self._held: dict[int, Active] = {}
         # Leases given to a joiner: a cancel may still have to release them.
         self._handed_off: OrderedDict[tuple[str, int], int] = OrderedDict()
+        # Sequences that were cancelled: a lease of theirs may still be on its way here.
+        self._cancelled: OrderedDict[tuple[str, int], None] = OrderedDict()
         # Leases that passed to this worker before the router's Begin came.
         self._offers: dict[tuple[str, int], kvstore_pb2.LeaseGranted] = {}
         self._attachment: Attachment | None = None
@@ -71,14 +74,35 @@ class Leases:
         def acquired(reply: kvstore_pb2.AttachReply) -> None:
             problem = failed(reply)
             if problem is None:
-                sequence = active.sequence
-                sequence.computed = sequence.cached_tokens = reply.granted.cached_tokens
-                sequence.sealed = sequence.computed // self._block
+                self._found(active, reply.granted.cached_tokens)
                 self._granted(active, reply.granted)
             elif active.phase is not Phase.ENDED:
                 self._on_refused(active, problem)
 
-        self._submit(operations.acquire(active.sequence, active.joiner, self._growth_tokens, self._timeout_s), acquired)
+        self._submit(
+            operations.acquire(active.sequence, active.joiner, self._growth_tokens, self._timeout_s, active.pull),
+            acquired,
+        )
+
+    def pulled(self, pulled: kvstore_pb2.LeasePulled) -> None:
+        """The kvstore has fetched what it could: from now on the slots are this worker's to write."""
+        active = self._held.get(pulled.lease_id)
+        if active is not None:
+            active.slots = np.array(pulled.slots, np.int32)
+            active.pulled_bytes += pulled.bytes
+            self._found(active, pulled.cached_tokens)
+            self._on_ready(active)
+
+    def finish_pull(self, active: Active) -> None:
+        """The prefill elsewhere is done."""
+        if active.lease_id and active.phase is Phase.ACQUIRING:
+            self._submit(operations.finish_pull(active.lease_id))
+
+    def _found(self, active: Active, tokens: int) -> None:
+        """So many leading tokens need not be computed here."""
+        sequence = active.sequence
+        sequence.computed = sequence.cached_tokens = tokens
+        sequence.sealed = tokens // self._block
 
     def join(self, active: Active, lease_id: int, epoch: int) -> None:
         """Take the lease over from prefill: usually it was pushed here before the router's Begin came."""
@@ -100,6 +124,9 @@ class Leases:
         """A lease passed to this worker; the router's Begin, or a cancel, follows, or came already."""
         key = (granted.sequence_id, granted.attempt)
         if granted.lease_id in self._held:
+            return
+        if key in self._cancelled:
+            self._submit(operations.release(granted.lease_id))
             return
         self._offers[key] = granted
         asyncio.get_running_loop().call_later(OFFER_S, self._decline, key, granted.lease_id)
@@ -139,7 +166,10 @@ class Leases:
         active.lease_id = granted.lease_id
         active.slots = np.array(granted.slots, np.int32)
         self._held[active.lease_id] = active
-        self._on_ready(active)
+        if active.pull is None:
+            self._on_ready(active)
+        elif active.pull.follow and not active.expecting:
+            self.finish_pull(active)
 
     # ------------------------------------------------------------------ using
 
@@ -231,6 +261,9 @@ class Leases:
         self._submit(operations.release(active.lease_id))
         active.lease_id = active.replies_due = 0
         active.sequence.restart()
+        if active.pull is not None and active.pull.follow and not active.expecting:
+            # There is nothing to follow any more.
+            active.pull = None
         self.acquire(active)
 
     def release(self, active: Active) -> None:
@@ -246,6 +279,9 @@ class Leases:
     def release_handed_off(self, sequence_id: str, attempt: int) -> None:
         """The request ended between first token and join: end the hold on its lease, at either end of the handoff."""
         key = (sequence_id, attempt)
+        self._cancelled[key] = None
+        if len(self._cancelled) > CANCELLED_KEPT:
+            self._cancelled.popitem(last=False)
         lease_id = self._handed_off.pop(key, None)
         if lease_id is not None:
             self._submit(operations.release(lease_id))

@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from headway.core.leases import REMOTE
 from headway.core.sequence import Sequence
 from headway.core.step import StepLimits, Work, plan_step
 from headway.core.timing import StepTimes
 from headway.engine.contract import Chunk, Drawn, Engine
-from headway.v1 import common_pb2
+from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker.active import Active, Interrupt, Phase, Sink
 from headway.worker.attach import Slab
 from headway.worker.convert import failure
@@ -89,9 +90,11 @@ class EngineLoop:
 
     # ------------------------------------------------------------------ commands
 
-    def start(self, sequence: Sequence, sink: Sink, *, joiner: str = "") -> Active:
-        """Compute the sequence from what the cache has; with a joiner, only up to its first token."""
-        active = self._watch(Active(sequence, sink, time.monotonic(), joiner))
+    def start(
+        self, sequence: Sequence, sink: Sink, *, joiner: str = "", pull: kvstore_pb2.PullBlocks | None = None
+    ) -> Active:
+        """Compute the sequence from what the cache has, or can fetch; with a joiner, only up to its first token."""
+        active = self._watch(Active(sequence, sink, time.monotonic(), joiner, pull=pull))
         if self._may_begin(active):
             self.leases.acquire(active)
         return active
@@ -102,6 +105,24 @@ class EngineLoop:
         if self._may_begin(active):
             self.leases.join(active, lease_id, epoch)
         return active
+
+    def expect(self, sequence: Sequence, sink: Sink, kvstore: str) -> Active:
+        """Take slots and follow the sequence's prefill, on the node of that kvstore, until `begin`."""
+        pull = kvstore_pb2.PullBlocks(kvstore=kvstore, follow=True)
+        active = self._watch(Active(sequence, sink, time.monotonic(), joined=True, pull=pull, expecting=True))
+        if self._may_begin(active):
+            self.leases.acquire(active)
+        return active
+
+    def begin(self, active: Active, first_token: int) -> None:
+        """Prefill is done elsewhere: go on as soon as its blocks are here, and compute what does not come."""
+        active.sequence.tokens.append(first_token)
+        active.received_s = time.monotonic()
+        active.expecting = False
+        if active.phase is Phase.READY:
+            self._ready(active)
+        else:
+            self.leases.finish_pull(active)
 
     def _may_begin(self, active: Active) -> bool:
         if self.slab is None:
@@ -176,7 +197,8 @@ class EngineLoop:
             active = self._actives[item.sequence]
             active.stepping = True
             active.started_s = active.started_s or now
-            if item.draws and active.joiner and self.times.predictor.prefill_s(item.count, item.start) > OFFER_EARLY_S:
+            offers = active.joiner and not active.joiner.startswith(REMOTE)
+            if item.draws and offers and self.times.predictor.prefill_s(item.count, item.start) > OFFER_EARLY_S:
                 self.leases.offer_to_joiner(active)
             tokens = item.sequence.tokens[item.start : item.start + item.count]
             chunks.append(Chunk(tokens, item.start, active.slots, active.draw() if item.draws else None))
@@ -249,8 +271,9 @@ class EngineLoop:
 
     def _ready(self, active: Active) -> None:
         active.phase = Phase.READY
-        active.ready_s = active.ready_s or time.monotonic()
-        self._wake.set()
+        if not active.expecting:
+            active.ready_s = active.ready_s or time.monotonic()
+            self._wake.set()
 
     def _fail(self, active: Active, problem: common_pb2.Failure) -> None:
         active.sink.failed(active, problem)

@@ -89,6 +89,7 @@ async def run_worker(
         on_lost=loop.lost,
         on_reclaim=loop.leases.reclaim,
         on_offer=loop.leases.offer,
+        on_pulled=loop.leases.pulled,
     )
     loop.leases.use(attachment)
     await server.set_serving(True)

@@ -9,7 +9,9 @@ from headway.v1 import kvstore_pb2 as pb
 Operation = pb.AttachOperation
 
 
-def acquire(sequence: Sequence, joiner: str, growth_tokens: int, timeout_s: float) -> Operation:
+def acquire(
+    sequence: Sequence, joiner: str, growth_tokens: int, timeout_s: float, pull: pb.PullBlocks | None
+) -> Operation:
     left = sequence.max_tokens - sequence.output_index
     return Operation(
         acquire=pb.AcquireLease(
@@ -21,6 +23,7 @@ def acquire(sequence: Sequence, joiner: str, growth_tokens: int, timeout_s: floa
             arrival_s=sequence.arrival_s,
             joiner=joiner,
             timeout_s=timeout_s,
+            pull=pull,
         )
     )
 
@@ -49,6 +52,10 @@ def hand_off(lease_id: int) -> Operation:
 
 def offer(lease_id: int) -> Operation:
     return Operation(offer=pb.OfferLease(lease_id=lease_id))
+
+
+def finish_pull(lease_id: int) -> Operation:
+    return Operation(finish_pull=pb.FinishPull(lease_id=lease_id))
 
 
 def extend(lease_id: int, blocks: int, timeout_s: float) -> Operation:

@@ -16,7 +16,7 @@ from headway.runtime.server import run_service
 from headway.v1 import common_pb2, decode_pb2, decode_pb2_grpc
 from headway.worker.active import Active
 from headway.worker.config import WorkerConfig
-from headway.worker.convert import FINISH, Pieces, failure, sequence_from_proto, token_to_proto
+from headway.worker.convert import FINISH, Pieces, failure, pull_from_proto, sequence_from_proto, token_to_proto
 from headway.worker.loop import EngineLoop
 from headway.worker.main import run_worker
 from headway.worker.runs import RunStream
@@ -55,18 +55,28 @@ class DecodeRun:
             self._pieces.drop(cancel.sequence_id, cancel.attempt)
             self.stream.cancel(cancel)
         elif command.HasField("expect"):
-            self._expect(command.expect.sequence)
+            self._expect(command.expect)
         elif sequence := self._whole(command.start.sequence):
-            self._watch(sequence, self._loop.start(sequence, self))
+            self._watch(sequence, self._loop.start(sequence, self, pull=pull_from_proto(command.start)))
 
-    def _expect(self, piece: common_pb2.Sequence) -> None:
-        if sequence := self._whole(piece):
+    def _expect(self, expect: decode_pb2.DecodeExpect) -> None:
+        sequence = self._whole(expect.sequence)
+        if sequence is None:
+            return
+        if expect.prefill_kvstore:
+            self._watch(sequence, self._loop.expect(sequence, self, expect.prefill_kvstore))
+        else:
             self._expected[sequence.sequence_id, sequence.attempt] = sequence
             if len(self._expected) > MAX_EXPECTED:
                 self._expected.popitem(last=False)
 
     def _begin(self, begin: decode_pb2.DecodeBegin) -> None:
-        sequence = self._expected.pop((begin.sequence_id, begin.attempt), None)
+        key = (begin.sequence_id, begin.attempt)
+        active = self.stream.actives.get(key)
+        if active is not None and active.expecting:
+            self._loop.begin(active, begin.first_token.token_id)
+            return
+        sequence = self._expected.pop(key, None)
         if sequence is None:
             message = "this decode worker was not told of the sequence before its begin"
             problem = failure(grpc.StatusCode.ABORTED, message, retryable=True)
@@ -94,6 +104,7 @@ class DecodeRun:
         tokens = decode_pb2.DecodeTokens(tokens=[token_to_proto(drawn, output_index)], finish_reason=FINISH[finish])
         if not active.announced:
             active.announced = True
+            tokens.pulled_bytes = active.pulled_bytes
             if active.joined:
                 tokens.timings.handoff_s = active.ready_s - active.received_s
                 tokens.timings.joined_at_s = active.ready_s

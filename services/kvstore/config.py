@@ -22,10 +22,23 @@ class KvStoreConfig:
     run_dir: str = option("/tmp", "folder for the unix socket that hands out the slab's descriptor")
     handoff_hold_s: float = option(10.0, "how long a lease waits for its decode worker after prefill")
     worker_silence_s: float = option(3.0, "after how long without a sign of life a worker's leases are suspended")
+    planes: tuple[str, ...] = option(("socket", "grpc"), "how bytes may move between nodes: socket, grpc")
+    transfer_host: str = option("127.0.0.1", "address that other nodes' kvstores connect to for bytes")
+    transfer_port: int = option(0, "port for that; 0 lets the kernel choose")
+    transfer_connections: int = option(2, "data connections to each other node")
+    transfer_timeout_s: float = option(5.0, "after how long without bytes a data connection is given up")
+    checksum: str = option("sampled", "which transfers are checked for flipped bits", choices=("off", "sampled", "all"))
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
         if self.slab_bytes < PAGE:
             raise ConfigError(f"setting slab_bytes is {self.slab_bytes}; it must be at least {PAGE}")
+        unknown = set(self.planes) - {"socket", "grpc"}
+        if unknown or not self.planes:
+            raise ConfigError(f"setting planes is {', '.join(self.planes)}; it may name socket and grpc, at least one")
+        if self.transfer_connections < 1:
+            raise ConfigError(f"setting transfer_connections is {self.transfer_connections}; it must be at least 1")
+        if not 0 < self.transfer_timeout_s < math.inf:
+            raise ConfigError(f"setting transfer_timeout_s is {self.transfer_timeout_s}; it must be above 0")
         if not 0 < self.handoff_hold_s < math.inf:
             raise ConfigError(f"setting handoff_hold_s is {self.handoff_hold_s}; it must be above 0")

@@ -10,13 +10,14 @@ import os
 import secrets
 import select
 import time
+from typing import TYPE_CHECKING
 
 import grpc
 
 from headway.core.audit import check_integrity
-from headway.core.instructions import Offer, Reclaim
+from headway.core.instructions import Filled, Instruction, Offer, Reclaim, StartPull, StopPull
 from headway.core.keys import split_keys
-from headway.core.leases import Done, Problem, Refused, Result
+from headway.core.leases import PULL, Done, Problem, Refused, Result, Source
 from headway.core.model import KvFormat
 from headway.core.store import Store
 from headway.runtime.errors import HeadwayError, invalid
@@ -24,6 +25,11 @@ from headway.slab.host import HostSegment, slot_stride
 from headway.v1 import kvstore_pb2 as pb
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.convert import reply_of
+from services.kvstore.memory import SlabMemory
+
+if TYPE_CHECKING:
+    from services.kvstore.pulls import Pulls
+    from services.kvstore.readers import Reader
 
 log = logging.getLogger(__name__)
 
@@ -72,16 +78,25 @@ class Session:
 class Node:
     """All operations come through here; after each, what other sessions must hear is sent and watchers are woken."""
 
-    def __init__(self, config: KvStoreConfig, segment: HostSegment) -> None:
+    def __init__(self, config: KvStoreConfig, segment: HostSegment, memory: SlabMemory) -> None:
         self.config = config
         self.segment = segment
+        self.memory = memory
         self.epoch = time.time_ns()
         self.kv_format: KvFormat | None = None
         self.store = Store(0, 1, config.handoff_hold_s)
         self.sessions: dict[str, Session] = {}
+        # Other nodes' stores that read here, and what is fetched from them.
+        self.readers: dict[str, Reader] = {}
+        self.pulls: Pulls | None = None
+        self.corrupt_blocks = 0
         self.watchers: set[asyncio.Event] = set()
         self._announced = 0
         self._audited = 0
+
+    @property
+    def block_size(self) -> int:
+        return self.kv_format.block_size if self.kv_format else 1
 
     @property
     def stride(self) -> int:
@@ -160,6 +175,7 @@ class Node:
             raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, message)
         self.kv_format = kv_format
         self.store = Store(slots, kv_format.block_size, self.config.handoff_hold_s)
+        self.memory.lay_out(kv_format.slot_bytes, self.stride, self.store.pool)
         log.info("event=laid_out slots=%d slot_bytes=%d", slots, kv_format.slot_bytes)
 
     # ------------------------------------------------------------------ operations
@@ -200,9 +216,15 @@ class Node:
             return store.refresh(key, operation.refresh.lease_id, operation.refresh.from_token)
         if kind == "hand_off":
             lease_id = operation.hand_off.lease_id
+            if self._nobody_joins(lease_id):
+                return store.release(key, lease_id)
             return store.hand_off(key, lease_id, now, self._joiner_of(lease_id))
         if kind == "offer":
             return store.offer(key, operation.offer.lease_id, self._joiner_of(operation.offer.lease_id))
+        if kind == "finish_pull":
+            if self.pulls is not None and operation.finish_pull.lease_id in store.leases:
+                self.pulls.finish(operation.finish_pull.lease_id)
+            return Done()
         if kind == "cancel_acquire":
             cancel = operation.cancel_acquire
             store.cancel_acquire(key, (cancel.sequence_id, cancel.attempt))
@@ -212,9 +234,20 @@ class Node:
             return Done()
         raise invalid("this kvstore does not know the operation; run workers and kvstore of the same version")
 
+    def _nobody_joins(self, lease_id: int) -> bool:
+        """The other node that was to go on with the lease has given up on it."""
+        lease = self.store.leases.get(lease_id)
+        if lease is None or not lease.remote:
+            return False
+        return any(reader.joiner == lease.joiner and reader.misses(lease.request) for reader in self.readers.values())
+
     def _joiner_of(self, lease_id: int) -> str | None:
         """The session of the worker that is expected to join the lease, if it is attached."""
         lease = self.store.leases.get(lease_id)
+        if lease is not None and lease.remote:
+            readers = self.readers.values()
+            here = (reader for reader in readers if reader.joiner == lease.joiner and reader.follows(lease.request))
+            return next((reader.key for reader in here), None)
         for session in self.sessions.values() if lease is not None and lease.joiner else ():
             if (
                 lease is not None
@@ -236,27 +269,54 @@ class Node:
             deadline_s=now + _finite(acquire.timeout_s, "timeout_s"),
             joiner=acquire.joiner,
             request=(acquire.sequence_id, acquire.attempt),
+            source=_source(acquire),
         )
 
     def settle(self) -> None:
         """Send what the last operations mean for others."""
-        for instruction in self.store.instructions():
-            session = self.sessions.get(instruction.session)
-            if session is None:
-                continue
+        while instructions := self.store.instructions():
+            for instruction in instructions:
+                self._carry_out(instruction)
+        if self.store.events.last != self._announced:
+            self._announced = self.store.events.last
+            for watcher in self.watchers:
+                watcher.set()
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        if isinstance(instruction, StartPull):
+            lease = self.store.leases.get(instruction.lease_id)
+            if lease is not None and self.pulls is not None:
+                self.pulls.start(lease)
+        elif isinstance(instruction, StopPull):
+            if self.pulls is not None:
+                self.pulls.stop(instruction.lease_id)
+        elif isinstance(instruction, Filled):
+            for reader in self.readers.values():
+                reader.filled(instruction.lease_id)
+        elif isinstance(instruction, Offer) and instruction.session in self.readers:
+            self.readers[instruction.session].handed_off(instruction.request, instruction.granted)
+        elif session := self.sessions.get(instruction.session):
             if isinstance(instruction, Reclaim):
-                reclaim = pb.ReclaimLease(lease_id=instruction.lease_id)
-                session.put(pb.AttachReply(reclaim=reclaim))
+                session.put(pb.AttachReply(reclaim=pb.ReclaimLease(lease_id=instruction.lease_id)))
             elif isinstance(instruction, Offer):
                 offer = reply_of("", 0, instruction.granted)
                 offer.granted.sequence_id, offer.granted.attempt = instruction.request
                 session.put(offer)
             else:
                 session.put(reply_of("", instruction.operation_id, instruction.result))
-        if self.store.events.last != self._announced:
-            self._announced = self.store.events.last
-            for watcher in self.watchers:
-                watcher.set()
+
+    def pulled(self, lease_id: int, tokens: int, moved_bytes: int) -> None:
+        """A pull is over and writes nothing any more. `tokens`: all those of the sequence, when all came."""
+        lease = self.store.leases[lease_id]
+        slots = list(lease.slots)
+        cached = max(tokens, len(lease.blocks) * self.block_size)
+        holders = lease.holders - {PULL}
+        if self.store.end_pull(lease_id) is not None:
+            pulled = pb.LeasePulled(lease_id=lease_id, slots=slots, cached_tokens=cached, bytes=moved_bytes)
+            for key in holders:
+                if session := self.sessions.get(key):
+                    session.put(pb.AttachReply(pulled=pulled))
+        self.settle()
 
     async def tick(self) -> None:
         """Let time pass for the store; recount it when nothing is leased."""
@@ -275,6 +335,12 @@ class Node:
                 self._audited = store.events.last
                 for wrong in check_integrity(store):
                     log.error("event=integrity %s", wrong)
+
+
+def _source(acquire: pb.AcquireLease) -> Source | None:
+    if not acquire.pull.kvstore:
+        return None
+    return Source(acquire.pull.kvstore, acquire.pull.blocks, acquire.pull.follow)
 
 
 def _keys(joined: bytes) -> list[bytes]:

@@ -13,11 +13,15 @@ from headway.runtime.errors import HeadwayError
 from headway.runtime.log import setup_logs
 from headway.runtime.server import GrpcServer, notify, run_service, stop_event
 from headway.slab.host import HostSegment, SlabError
-from headway.v1 import kvstore_pb2, kvstore_pb2_grpc
+from headway.v1 import kvstore_pb2, kvstore_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.descriptor import DescriptorSocket
+from services.kvstore.memory import SlabMemory
 from services.kvstore.node import Node
+from services.kvstore.planes.socket_source import SocketSource
+from services.kvstore.pulls import Pulls
 from services.kvstore.service import KvStoreServicer
+from services.kvstore.transfer_service import TransferServicer
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +32,23 @@ async def serve(config: KvStoreConfig) -> None:
     """Serve until SIGTERM. The segment's name goes with a clean stop; workers keep their mapping until they let go."""
     setup_logs(PROGRAM, config.log_level)
     stopped = stop_event()
-    service = kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"].full_name
-    server = GrpcServer([service])
+    services = [
+        kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"].full_name,
+        transfer_pb2.DESCRIPTOR.services_by_name["TransferService"].full_name,
+    ]
+    server = GrpcServer(services)
     port = server.listen(config.host, config.port)
     try:
         segment = await asyncio.to_thread(HostSegment, config.slab_name, config.slab_bytes)
     except SlabError as error:
         raise HeadwayError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
     try:
-        node = Node(config, segment)
+        memory = await asyncio.to_thread(SlabMemory, segment.descriptor, config.slab_bytes)
+        node = Node(config, segment, memory)
+        pulls = Pulls(node)
+        sockets = _socket_source(config, memory)
+        transfers = TransferServicer(node, sockets, serve_bytes="grpc" in config.planes)
+        transfer_pb2_grpc.add_TransferServiceServicer_to_server(transfers, server.server)
         descriptors = DescriptorSocket(node, Path(config.run_dir).resolve())
         servicer = KvStoreServicer(node, str(descriptors.path))
         kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server(servicer, server.server)
@@ -50,11 +62,22 @@ async def serve(config: KvStoreConfig) -> None:
             log.info("event=ready node=%s port=%d slab_bytes=%d", config.node_id, port, config.slab_bytes)
             await stopped.wait()
             notify("STOPPING=1")
+            await pulls.close()
             await server.stop(0.5)
             for task in running:
                 task.cancel()
+            if sockets is not None:
+                sockets.close()
     finally:
         segment.remove()
+
+
+def _socket_source(config: KvStoreConfig, memory: SlabMemory) -> SocketSource | None:
+    if "socket" not in config.planes:
+        return None
+    sockets = SocketSource(memory, config.transfer_host, config.transfer_timeout_s)
+    sockets.start(config.transfer_port)
+    return sockets
 
 
 def main() -> None:

@@ -163,6 +163,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             missed_tokens=store.missed_tokens,
             evicted_blocks=store.evicted_blocks,
             pid=os.getpid(),
+            peers=node.pulls.peers if node.pulls is not None else (),
+            corrupt_blocks=node.corrupt_blocks,
+            transfers_in_flight=len(node.pulls) if node.pulls is not None else 0,
         )
         if node.kv_format is not None:
             reply.kv_format.CopyFrom(kv_format_to_proto(node.kv_format))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from headway.core.leases import REMOTE
 from headway.core.model import ModelCard
 from headway.core.sequence import Finish
 from headway.engine.contract import Drawn
@@ -15,7 +16,7 @@ from headway.runtime.server import run_service
 from headway.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
 from headway.worker.active import Active
 from headway.worker.config import WorkerConfig
-from headway.worker.convert import FINISH, Pieces, failure, sequence_from_proto, token_to_proto
+from headway.worker.convert import FINISH, Pieces, failure, pull_from_proto, sequence_from_proto, token_to_proto
 from headway.worker.loop import EngineLoop
 from headway.worker.main import run_worker
 from headway.worker.runs import RunStream
@@ -43,16 +44,17 @@ class PrefillRun:
             self._pieces.drop(command.cancel.sequence_id, command.cancel.attempt)
             self.stream.cancel(command.cancel)
         elif message := self._pieces.add(command.start.sequence):
-            self._start(message, command.start.decode_worker)
+            self._start(message, command.start)
 
-    def _start(self, message: common_pb2.Sequence, joiner: str) -> None:
+    def _start(self, message: common_pb2.Sequence, start: prefill_pb2.PrefillStart) -> None:
         try:
             sequence = sequence_from_proto(message, self._card)
         except ValueError as error:
             problem = failure(grpc.StatusCode.INVALID_ARGUMENT, str(error), retryable=False)
             self._put(message.sequence_id, message.attempt, failure=problem)
             return
-        active = self._loop.start(sequence, self, joiner=joiner)
+        joiner = f"{REMOTE}{start.decode_node}" if start.decode_node else start.decode_worker
+        active = self._loop.start(sequence, self, joiner=joiner, pull=pull_from_proto(start))
         self.stream.actives[sequence.sequence_id, sequence.attempt] = active
 
     def drawn(self, active: Active, drawn: Drawn, output_index: int, finish: Finish | None) -> None:
@@ -70,6 +72,7 @@ class PrefillRun:
                 prefilled_at_s=active.first_token_s,
             ),
             finish_reason=FINISH[finish],
+            pulled_bytes=active.pulled_bytes,
         )
         self.stream.forget(sequence)
         self._put(sequence.sequence_id, sequence.attempt, first_token=first)

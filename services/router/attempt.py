@@ -26,12 +26,14 @@ class Attempt:
         prefill: Worker | None,
         decode: Worker,
         missing_tokens: int,
+        pull: common_pb2.PullHint | None = None,
     ) -> None:
         self.number = number
         self.prefill = prefill
         self.decode = decode
         # Whether decode is on its own: what prefill does from now on is of no interest.
         self.begun = prefill is None
+        self._pull = pull
         self._choice = choice
         self._sequence_id = sequence_id
         self._held: list[Worker] = []
@@ -45,20 +47,35 @@ class Attempt:
         return self.decode if self.begun or self.prefill is None else self.prefill
 
     def dispatch(self, pieces: list[common_pb2.Sequence]) -> None:
-        """One command a piece to each worker; decode need not know before prefill is done."""
+        """One command a piece to each worker."""
         if self.prefill is None:
             for piece in pieces:
-                self.decode.link.send(start=decode_pb2.DecodeStart(sequence=piece))
+                self.decode.link.send(start=decode_pb2.DecodeStart(sequence=piece, pull=self._pull))
         else:
-            joiner = self.decode.worker_id
             for piece in pieces:
-                self.prefill.link.send(start=prefill_pb2.PrefillStart(sequence=piece, decode_worker=joiner))
-                self.decode.link.send_soon(expect=decode_pb2.DecodeExpect(sequence=piece))
+                self._dispatch_apart(self.prefill, piece)
             self._hold(self.prefill)
             self._count_running()
         self._hold(self.decode)
         self.serving.load.queued_sequences += 1
         self.serving.load.queued_tokens += self._queued_tokens
+
+    def _dispatch_apart(self, prefill: Worker, piece: common_pb2.Sequence) -> None:
+        """On one node decode need not know before prefill is done; on another it takes slots and follows at once."""
+        start = prefill_pb2.PrefillStart(sequence=piece, decode_worker=self.decode.worker_id, pull=self._pull)
+        expect = decode_pb2.DecodeExpect(sequence=piece)
+        if self.crosses_nodes:
+            start.decode_node = self.decode.hello.node_id
+            expect.prefill_kvstore = prefill.hello.kvstore_address
+            self.decode.link.send(expect=expect)
+        else:
+            self.decode.link.send_soon(expect=expect)
+        prefill.link.send(start=start)
+
+    @property
+    def crosses_nodes(self) -> bool:
+        """The handoff is a transfer."""
+        return self.prefill is not None and self.prefill.load.node != self.decode.load.node
 
     def begin(self, first: prefill_pb2.FirstToken) -> None:
         """Decode takes over the lease; prefill holds it until decode has joined."""

@@ -98,7 +98,12 @@ class Choice:
         prefill = workers[option.prefill_worker] if option.prefill_worker else None
         missing = len(self.job.token_ids) - option.overlap_tokens
         number = self._attempts
-        self._attempt = Attempt(self, self._sequence_id, number, prefill, workers[option.decode_worker], missing)
+        decode = workers[option.decode_worker]
+        pull = None
+        if option.pull_from is not None:
+            blocks = option.overlap_tokens // self.job.model.block_size
+            pull = common_pb2.PullHint(kvstore=option.pull_from, blocks=blocks)
+        self._attempt = Attempt(self, self._sequence_id, number, prefill, decode, missing, pull)
         self._attempts += 1
         self._attempt.dispatch(self.job.sequence(self._sequence_id, number, self._index, self.answer.sent))
 
@@ -146,6 +151,7 @@ class Choice:
         attempt.computed()
         self.answer.saw_cache(first.cached_tokens, first.computed_tokens)
         self.answer.finished.timings.MergeFrom(first.timings)
+        self.answer.finished.usage.pulled_bytes += first.pulled_bytes
         if not self._take(attempt, first.token, first.finish_reason):
             return
         attempt.begun = True
@@ -162,6 +168,10 @@ class Choice:
             finished.timings.MergeFrom(tokens.timings)
         if tokens.HasField("cached_tokens"):
             self.answer.saw_cache(tokens.cached_tokens, tokens.computed_tokens)
+        if attempt.prefill is None:
+            finished.usage.pulled_bytes += tokens.pulled_bytes
+        else:
+            finished.usage.handoff_bytes += tokens.pulled_bytes
         if tokens.working_copy_bytes:
             finished.usage.working_copy_bytes = tokens.working_copy_bytes
         last = len(tokens.tokens) - 1

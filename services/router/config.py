@@ -23,6 +23,8 @@ class RouterConfig:
     no_worker_timeout_s: float = option(1.5, "seconds that a request waits for a worker that can serve it")
     store_linger_s: float = option(60.0, "seconds for which a node without workers is remembered")
     local_prefill_tokens: int = option(64, "tokens that a decode worker may compute by itself")
+    pull_latency_s: float = option(0.005, "reckoned for fetching a prefix from another node, before its bytes")
+    link_bytes_per_s: float = option(1e9, "reckoned between nodes")
     max_index_blocks: int = option(1_000_000, "blocks remembered of one node (about 100 bytes each)")
     drain_s: float = option(30.0, "how long running requests may go on after SIGTERM")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
@@ -31,9 +33,9 @@ class RouterConfig:
         for name in ("max_in_flight", "max_queued", "max_buffered", "max_index_blocks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_request_s", "status_timeout_s"):
+        for name in ("max_request_s", "status_timeout_s", "link_bytes_per_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be above 0")
-        for name in ("no_worker_timeout_s", "store_linger_s", "local_prefill_tokens", "drain_s"):
+        for name in ("no_worker_timeout_s", "store_linger_s", "local_prefill_tokens", "drain_s", "pull_latency_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 0")

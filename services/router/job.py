@@ -58,6 +58,8 @@ class Job:
             decode_worker=placement.decode_worker if hinted else "",
             force_apart=placement.force_apart,
             excluded=excluded,
+            pull_latency_s=config.pull_latency_s,
+            pull_token_s=self.model.card.kv_format.bytes_per_token / config.link_bytes_per_s,
         )
 
     def sequence(self, sequence_id: str, attempt: int, choice: int, sent: list[int]) -> list[common_pb2.Sequence]:

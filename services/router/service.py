@@ -110,5 +110,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
                 compute_s=option.compute_s,
                 cost_s=option.cost_s,
                 refused=option.refused.sentence if option.refused else "",
+                pull_from=option.pull_from or "",
+                pull_s=option.pull_s,
             )
         return response

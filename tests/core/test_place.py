@@ -54,9 +54,10 @@ def test_the_least_loaded_workers_are_picked() -> None:
 def test_overlap_counts_against_waiting() -> None:
     near = worker("p0", node="a", queued_sequences=1, queued_tokens=50)
     workers = [near, worker("d0", node="a"), worker("p1", node="b"), worker("d1", node="b")]
-    assert pick(place(ask(overlap={"a": 64}), workers)) == ("p0", "d0")
+    slow = ask(overlap={"a": 64}, pull_token_s=1.0)
+    assert pick(place(slow, workers)) == ("p0", "d0")
     near.queued_tokens = 70
-    assert pick(place(ask(overlap={"a": 64}), workers)) == ("p1", "d1")
+    assert pick(place(slow, workers)) == ("p1", "d1")
 
 
 def test_overlap_covers_at_most_the_prompt_but_one() -> None:
@@ -65,10 +66,32 @@ def test_overlap_covers_at_most_the_prompt_but_one() -> None:
     assert options[0].compute_s == pytest.approx(1e-3)
 
 
-def test_prefill_and_decode_share_a_node() -> None:
-    options = place(ask(), [worker("p0", node="a"), worker("d0", node="b")])
-    assert all(option.refused for option in options)
-    assert "no decode worker is on its node" in reason(options[0])
+def test_decode_goes_to_another_node_where_it_starts_sooner() -> None:
+    here, there = worker("d0", node="a"), worker("d1", node="b")
+    workers = [worker("p0", node="a"), here, there]
+    over_the_wire = ask(pull_latency_s=0.005, pull_token_s=50e-6)
+    assert pick(place(over_the_wire, workers)) == ("p0", "d0")
+    here.running = 1
+    assert pick(place(over_the_wire, workers)) == ("p0", "d1")
+    assert pick(place(ask(pull_latency_s=0.1), workers)) == ("p0", "d0")
+    assert pick(place(ask(pull_latency_s=0.1), [workers[0], there])) == ("p0", "d1")
+
+
+def test_a_prefix_is_fetched_where_that_is_sooner_than_computing_it() -> None:
+    workers = [worker("p0", node="a", queued_sequences=1, queued_tokens=500), worker("p1", node="b"), worker("d0")]
+    fetched, *_ = place(ask(overlap={"a": 64}, pull_latency_s=0.01, pull_token_s=50e-6), workers)
+    assert (fetched.prefill_worker, fetched.pull_from, fetched.overlap_tokens) == ("p1", "a", 64)
+    assert fetched.pull_s == pytest.approx(0.01 + 64 * 50e-6)
+    assert fetched.cost_s == pytest.approx(fetched.pull_s + 36e-3)
+    computed, *_ = place(ask(overlap={"a": 64}, pull_latency_s=0.1), workers)
+    assert (computed.prefill_worker, computed.pull_from, computed.overlap_tokens) == ("p1", None, 0)
+
+
+def test_fetching_costs_nothing_while_the_prompt_queues() -> None:
+    workers = [worker("p1", node="b", queued_sequences=1, queued_tokens=300), worker("d0")]
+    option, *_ = place(ask(overlap={"a": 64}, pull_latency_s=0.1), workers)
+    assert option.pull_from == "a"
+    assert option.cost_s == pytest.approx(0.3 + 36e-3)
 
 
 def test_decode_computes_little_by_itself() -> None:
@@ -131,8 +154,8 @@ def test_hints() -> None:
     assert pick(place(ask(decode_worker="d0"), workers)) == ("p1", "d0")
     with pytest.raises(ValueError, match=r"placement.decode_worker is 'p0'.*it has d0, d1"):
         place(ask(decode_worker="p0"), workers)
-    with pytest.raises(ValueError, match="different nodes"):
-        place(ask(prefill_worker="p0", decode_worker="d9"), [*workers, worker("d9", node="x")])
+    apart = place(ask(prefill_worker="p0", decode_worker="d9"), [*workers, worker("d9", node="x")])
+    assert pick(apart) == ("p0", "d9")
 
 
 WORKERS = st.builds(
@@ -161,7 +184,7 @@ def test_the_pick_is_able_and_the_cheapest(workers: list[WorkerLoad], force_apar
         assert decode.ready
         assert not prefill.draining
         assert not decode.draining
-        assert prefill.node == decode.node
+        assert option.pull_from != prefill.node
         assert decode.role is not Role.PREFILL
         assert option.cost_s >= able[0].cost_s
         assert not (force_apart and option.prefill_worker is None)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,20 @@ def kvstore(run_dir: Path, slab_bytes: int = 256 << 10, *flags: str) -> ServiceP
 def slab_file(process: ServiceProcess) -> Path:
     flags = process._flags
     return Path("/dev/shm") / flags[flags.index("--slab-name") + 1]
+
+
+@contextmanager
+def running(process: ServiceProcess) -> Iterator[ServiceProcess]:
+    """Started, listening, and killed in the end."""
+    process.start()
+    try:
+        process.wait_listening(time.monotonic() + 30)
+        yield process
+    finally:
+        process.signal(signal.SIGCONT)
+        process.signal(signal.SIGKILL)
+        process.wait_ended(time.monotonic() + 5)
+        slab_file(process).unlink(missing_ok=True)
 
 
 class Peer:

@@ -20,7 +20,7 @@ from headway.runtime.channels import open_channel
 from headway.slab.descriptor import fetch_descriptor
 from headway.v1 import kvstore_pb2 as pb
 from headway.v1 import kvstore_pb2_grpc
-from tests.kvstore.rig import acquire, attached, kvstore, release, seal, slab_file, stats, until
+from tests.kvstore.rig import acquire, attached, kvstore, release, running, seal, slab_file, stats, until
 
 A = list(range(40))
 RUST = (b"/rustc/", b"rust_panic", b"rust_eh_personality")
@@ -28,15 +28,8 @@ RUST = (b"/rustc/", b"rust_panic", b"rust_eh_personality")
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[ServiceProcess]:
-    process = kvstore(tmp_path)
-    process.start()
-    try:
-        process.wait_listening(time.monotonic() + 30)
+    with running(kvstore(tmp_path)) as process:
         yield process
-    finally:
-        process.signal(signal.SIGKILL)
-        process.wait_ended(time.monotonic() + 5)
-        slab_file(process).unlink(missing_ok=True)
 
 
 async def test_what_one_worker_writes_another_reads(store: ServiceProcess) -> None:

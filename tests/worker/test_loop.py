@@ -160,6 +160,49 @@ async def test_a_pushed_lease_is_released_when_its_request_is_cancelled(bench: B
     assert not bench.store.leases
 
 
+async def test_a_lease_pushed_after_its_request_was_cancelled_is_released_at_once(bench: Bench) -> None:
+    bench.loop.leases.release_handed_off("s7", 0)
+    bench.loop.leases.offer(pb.LeaseGranted(lease_id=5, slots=[1], sequence_id="s7"))
+    assert bench.store.operations == ["release"]
+
+
+async def follow(bench: Bench, prompt: list[int], cached_tokens: int, *, begin_first: bool) -> tuple[Heard, Heard]:
+    """Prefill elsewhere (so to speak); this worker expects the sequence, and gets `cached_tokens` of it fetched."""
+    first, granted = await handed_off(bench, prompt)
+    rest, followed = Heard(), sequence(prompt)
+    active = bench.loop.expect(followed, rest, "elsewhere:1")
+    await asyncio.sleep(0.01)
+    slots = bench.store.leases[active.lease_id]
+    for here, there in zip(slots, granted.slots, strict=False):
+        bench.store.memory[here] = bench.store.memory[there]
+    pulled = pb.LeasePulled(lease_id=active.lease_id, slots=slots, cached_tokens=cached_tokens, bytes=77)
+    steps = [lambda: bench.loop.begin(active, first.tokens[0]), lambda: bench.loop.leases.pulled(pulled)]
+    forwards = len(bench.engine.batches)
+    for step in steps if begin_first else reversed(steps):
+        assert len(bench.engine.batches) == forwards
+        step()
+        await asyncio.sleep(0)
+    await until_over(rest)
+    assert active.pulled_bytes == 77
+    return first, rest
+
+
+@pytest.mark.parametrize("begin_first", [True, False])
+async def test_a_sequence_prefilled_on_another_node_goes_on_here(bench: Bench, begin_first: bool) -> None:
+    prompt = list(range(7, 50))
+    first, rest = await follow(bench, prompt, len(prompt), begin_first=begin_first)
+    assert first.tokens + rest.tokens == expected(prompt, 40)
+    assert bench.engine.batches[1:] == [[1]] * 39
+
+
+@pytest.mark.parametrize("cached_tokens", [0, 32])
+async def test_what_did_not_come_from_the_other_node_is_computed_here(bench: Bench, cached_tokens: int) -> None:
+    prompt = list(range(7, 50))
+    first, rest = await follow(bench, prompt, cached_tokens, begin_first=True)
+    assert first.tokens + rest.tokens == expected(prompt, 40)
+    assert bench.engine.batches[1] == [len(prompt) + 1 - cached_tokens]
+
+
 async def test_a_pushed_lease_that_the_store_needs_back_is_given_back(bench: Bench) -> None:
     _, granted = await handed_off(bench, list(range(7, 50)))
     bench.loop.leases.offer(granted)

@@ -1,0 +1,56 @@
+"""The slab as planes see it: bytes of slots, and the generations that tell whether they still are what they were."""
+
+from __future__ import annotations
+
+import mmap
+
+import xxhash
+
+from headway.core.slots import SlotPool
+
+# Not in the slab: bytes that every store can give before it has any block, and where they land.
+PROBE_SLOT = 0xFFFFFFFF
+LANDING_SLOT = 0xFFFFFFFE
+
+
+class SlabMemory:
+    """Views of the mapped slab; used by the planes' threads, while the event loop changes generations.
+
+    Not usable before `lay_out`.
+    """
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        # All pages exist already: this only fills the page table.
+        self._map = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._bytes = memoryview(self._map)
+        self._stride = 0
+        self._pool = SlotPool(0)
+        self._probe = self._landing = memoryview(b"")
+        self.slot_bytes = 0
+
+    def lay_out(self, slot_bytes: int, stride: int, pool: SlotPool) -> None:
+        self.slot_bytes, self._stride, self._pool = slot_bytes, stride, pool
+        self._probe = memoryview(bytearray(b"headway " * (slot_bytes // 8 + 1))[:slot_bytes])
+        self._landing = memoryview(bytearray(slot_bytes))
+
+    def has(self, slot: int) -> bool:
+        return slot < self._pool.total or slot == PROBE_SLOT
+
+    def view(self, slot: int) -> memoryview:
+        """The slot's bytes in use, writable."""
+        if slot == PROBE_SLOT:
+            return self._probe
+        if slot == LANDING_SLOT:
+            return self._landing
+        start = slot * self._stride
+        return self._bytes[start : start + self.slot_bytes]
+
+    def current(self, slot: int, generation: int) -> bool:
+        """The slot has not been given out anew since it had this generation."""
+        return slot == PROBE_SLOT or self._pool.generations[slot] == generation
+
+    def generation(self, slot: int) -> int:
+        return self._pool.generations[slot]
+
+    def checksum(self, slot: int) -> int:
+        return xxhash.xxh3_64_intdigest(self.view(slot))

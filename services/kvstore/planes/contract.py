@@ -1,0 +1,70 @@
+"""What a plane is to the store that reads: blocks from a peer's slots into own ones."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import xxhash
+
+
+class Move(NamedTuple):
+    """One block: from the peer's slot, as long as that has this generation, into the own slot."""
+
+    source: int
+    generation: int
+    slot: int
+
+
+class Copied(enum.Enum):
+    """What became of a move."""
+
+    GOOD = "exactly what was sealed"
+    STALE = "the source slot was given out anew"
+    CORRUPT = "the checksum did not fit"
+    MISSING = "the plane broke before it was there"
+
+
+# Smaller goes first: (0 for a waiting request, 1 for a speculative copy; arrival in Unix seconds).
+Urgency = tuple[int, float]
+
+
+class PlaneError(Exception):
+    """The plane cannot be opened; one sentence."""
+
+
+class Checksums:
+    """Which requests carry checksums: "off" none, "sampled" one in 16, "all" each."""
+
+    def __init__(self, mode: str) -> None:
+        self._every = {"off": 0, "sampled": 16, "all": 1}[mode]
+        self._count = itertools.count()
+
+    def wanted(self) -> bool:
+        return bool(self._every) and next(self._count) % self._every == 0
+
+
+def verdict(view: memoryview, *, current: bool, checksum: int | None) -> Copied:
+    """Of a block whose bytes have arrived; `checksum` is the source's xxh3_64, None when none was asked for."""
+    if not current:
+        return Copied.STALE
+    if checksum is not None and xxhash.xxh3_64_intdigest(view) != checksum:
+        return Copied.CORRUPT
+    return Copied.GOOD
+
+
+class Plane(Protocol):
+    """One way to move bytes from one peer."""
+
+    name: str
+
+    async def read(self, moves: Sequence[Move], urgency: Urgency) -> list[Copied]:
+        """Copy blocks. When it has returned, or was cancelled, nothing is written to the slots any more.
+
+        A block that is MISSING says that the plane is closed now.
+        """
+        ...
+
+    def close(self) -> None: ...

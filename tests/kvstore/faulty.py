@@ -1,0 +1,110 @@
+"""A TCP relay that spoils what the source sends, once, when it was told to."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import socket
+import struct
+import threading
+
+
+class Fault(enum.Enum):
+    RESET = "the connection is reset"
+    STALL = "nothing comes any more"
+    TRUNCATE = "the stream ends"
+    FLIP = "one bit is flipped"
+    SLOW = "bytes trickle"
+
+
+class Relay:
+    """Passes connections at `host`:`port` on to 127.0.0.1:`target`. After `arm`, one of them is struck."""
+
+    def __init__(self, target: int, host: str = "127.0.0.1", port: int = 0) -> None:
+        self._target = target
+        self._listener = socket.create_server((host, port))
+        self.port = self._listener.getsockname()[1]
+        self._threads: list[threading.Thread] = []
+        self._closed = threading.Event()
+        self._sockets: list[socket.socket] = []
+        self._fault: Fault | None = None
+        self._left = 0
+        self.struck = False
+        # Bytes from the source.
+        self.passed = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def arm(self, fault: Fault, after: int) -> None:
+        """Strike when so many more bytes have come from the source."""
+        self._left, self._fault = after, fault
+
+    def cut(self) -> None:
+        """End all connections that are open now."""
+        for connection in self._sockets:
+            _shut(connection)
+
+    def close(self) -> None:
+        _shut(self._listener)
+        self._listener.close()
+        self._closed.set()
+        self.cut()
+        for thread in self._threads:
+            thread.join(5)
+        for connection in self._sockets:
+            connection.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                reader, _ = self._listener.accept()
+                try:
+                    source = socket.create_connection(("127.0.0.1", self._target))
+                except OSError:
+                    reader.close()
+                    continue
+                self._sockets += [reader, source]
+                for connection in (reader, source):
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for job, pair in ((self._pass, (reader, source)), (self._spoil, (source, reader))):
+                    self._threads.append(threading.Thread(target=job, args=pair, daemon=True))
+                    self._threads[-1].start()
+
+    def _pass(self, origin: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := origin.recv(65536):
+                target.sendall(data)
+        _shut(target)
+
+    def _spoil(self, origin: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := origin.recv(16384):
+                self.passed += len(data)
+                if self._fault is not None:
+                    self._left -= len(data)
+                    if self._left < 0:
+                        fault, self._fault, self.struck = self._fault, None, True
+                        data = self._strike(fault, bytearray(data), target)
+                target.sendall(data)
+        _shut(target)
+
+    def _strike(self, fault: Fault, data: bytearray, target: socket.socket) -> bytes:
+        if fault is Fault.FLIP:
+            data[len(data) // 2] ^= 4
+        elif fault is Fault.RESET:
+            target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            target.close()
+        elif fault is Fault.TRUNCATE:
+            target.sendall(data[: len(data) // 2])
+            _shut(target)
+        elif fault is Fault.STALL:
+            self._closed.wait(30)
+        else:
+            while data and not self._closed.wait(0.2):
+                target.sendall(data[:1])
+                del data[:1]
+        return bytes(data)
+
+
+def _shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
