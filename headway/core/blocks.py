@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from headway.core.evict import AgedLfu, Policy, Resident
+
 
 @dataclass(slots=True, eq=False)
-class Block:
+class Block(Resident):
     """A sealed block. `holds`: leases that use it; `children`: sealed blocks that continue it."""
 
-    key: bytes
-    slot: int
-    parent: Block | None
+    slot: int = 0
+    parent: Block | None = None
     children: int = 0
     holds: int = 0
-    last_use: int = 0
 
 
 class BlockCache:
-    """Evicts the least recently used leaf that no lease holds (leaf first, so residence stays prefix-closed).
+    """Evicts leaves that no lease holds, in the order of a policy (leaf first, so residence stays prefix-closed).
 
     A lease holds a prefix from the root, so a parent has at least its child's holds, and every idle block can be
-    evicted, leaves first. The heap is lazy: entries that are no longer true are skipped.
+    evicted, leaves first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy | None = None) -> None:
         self._blocks: dict[bytes, Block] = {}
-        self._leaves: list[tuple[int, int, Block]] = []
+        self._policy: Policy = policy or AgedLfu()
         self._clock = 0
-        self._offers = 0
         self.idle = 0
 
     def __len__(self) -> int:
@@ -55,7 +53,7 @@ class BlockCache:
 
     def add(self, key: bytes, slot: int, parent: Block | None) -> Block:
         """A newly sealed block, held once by whoever sealed it."""
-        block = self._blocks[key] = Block(key, slot, parent, holds=1)
+        block = self._blocks[key] = Block(key, slot=slot, parent=parent, holds=1)
         if parent is not None:
             parent.children += 1
         return block
@@ -63,6 +61,8 @@ class BlockCache:
     def hold(self, block: Block) -> None:
         if not block.holds:
             self.idle -= 1
+            if not block.children:
+                self._policy.withdraw(block)
         block.holds += 1
 
     def drop(self, blocks: Sequence[Block]) -> None:
@@ -70,42 +70,26 @@ class BlockCache:
         self._clock += 1
         for block in blocks:
             block.holds -= 1
+            block.uses += 1
             block.last_use = self._clock
             if not block.holds:
                 self.idle += 1
+        self._policy.used(blocks)
         for block in reversed(blocks):
             self._offer(block)
 
     def evict(self) -> Block | None:
-        """Take out the least recently used idle leaf; None when every block is held."""
-        while self._leaves:
-            last_use, _, block = heapq.heappop(self._leaves)
-            if block.holds or block.children or block.last_use != last_use or self._blocks.get(block.key) is not block:
-                continue
-            del self._blocks[block.key]
-            self.idle -= 1
-            if block.parent is not None:
-                block.parent.children -= 1
-                self._offer(block.parent)
-            return block
-        return None
+        """Take out the idle leaf that the policy names; None when every block is held."""
+        victim = self._policy.take()
+        if victim is None:
+            return None
+        block = self._blocks.pop(victim.key)
+        self.idle -= 1
+        if block.parent is not None:
+            block.parent.children -= 1
+            self._offer(block.parent)
+        return block
 
     def _offer(self, block: Block) -> None:
         if not block.holds and not block.children:
-            self._offers += 1
-            heapq.heappush(self._leaves, (block.last_use, self._offers, block))
-            if len(self._leaves) > 2 * len(self._blocks) + 64:
-                self._tidy()
-
-    def _tidy(self) -> None:
-        """Throw out heap entries that are no longer true, so that the heap stays as small as the cache."""
-        true = {
-            block.key: (last_use, offer, block)
-            for last_use, offer, block in self._leaves
-            if not block.holds
-            and not block.children
-            and block.last_use == last_use
-            and self._blocks.get(block.key) is block
-        }
-        self._leaves = list(true.values())
-        heapq.heapify(self._leaves)
+            self._policy.offer(block)
