@@ -12,12 +12,12 @@ from headway.v1 import kvstore_pb2
 from headway.v1 import transfer_pb2 as pb
 from services.kvstore.node import Node
 from services.kvstore.peers import Peer, PeerError
-from services.kvstore.planes.contract import Checksums, Copied, Move
+from services.kvstore.planes.contract import Checksums, Copied, Move, request_blocks
 
 log = logging.getLogger(__name__)
 
-# Blocks that are sealed together, as soon as they are there.
-GROUP_BYTES = 8 << 20
+# So many requests' blocks are sealed together, as soon as they are there.
+GROUP = 2
 # Once prefill is done, the rest of what it sealed is told of within this time.
 LAST_WORD_S = 1.0
 TRIES = 2
@@ -168,7 +168,7 @@ class Pulls:
         """
         slots = lease.slots[held.first_block : held.first_block + len(held.slots)]
         moves = [Move(*move) for move in zip(held.slots, held.generations, slots, strict=True)]
-        size = max(1, GROUP_BYTES // self._node.memory.slot_bytes)
+        size = GROUP * request_blocks(self._node.memory.slot_bytes)
         urgency = (0, lease.arrival_s)
         groups = [asyncio.create_task(peer.read(moves[at : at + size], urgency)) for at in range(0, len(moves), size)]
         try:

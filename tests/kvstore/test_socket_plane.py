@@ -112,7 +112,7 @@ async def test_a_slot_given_out_anew_is_stale(sides: tuple[Side, Side], source: 
 
 
 @pytest.mark.parametrize("fault", Fault)
-@pytest.mark.parametrize("after", [1, 50_000, 2_500_000])
+@pytest.mark.parametrize("after", [1, 50_000, 7_000_000])
 async def test_no_fault_makes_wrong_bytes_good(
     sides: tuple[Side, Side], source: SocketSource, fault: Fault, after: int
 ) -> None:
@@ -129,7 +129,7 @@ async def test_no_fault_makes_wrong_bytes_good(
     assert time.monotonic() - started < 10
     assert len(copied) == SLOTS
     assert set(copied) <= {Copied.GOOD, Copied.MISSING, Copied.CORRUPT}
-    assert Copied.GOOD in copied or after < 2_500_000
+    assert Copied.GOOD in copied or after < 7_000_000
     assert copied.count(Copied.CORRUPT) == (fault is Fault.FLIP)
     assert (Copied.MISSING in copied) == (fault is not Fault.FLIP)
     for move, what in zip(moves(SCATTERED), copied, strict=True):
@@ -223,5 +223,5 @@ async def test_a_peer_without_sockets_is_told_apart(sides: tuple[Side, Side]) ->
 
 
 def test_sampled_checksums_are_some_of_all() -> None:
-    wanted = [sum(itertools.islice(iter(Checksums(mode).wanted, None), 160)) for mode in ("off", "sampled", "all")]
-    assert wanted == [0, 10, 160]
+    wanted = [sum(itertools.islice(iter(Checksums(mode).wanted, None), 640)) for mode in ("off", "sampled", "all")]
+    assert wanted == [0, 10, 640]

@@ -27,6 +27,8 @@ class Copied(enum.Enum):
     MISSING = "the plane broke before it was there"
 
 
+# Of one request: large enough that its costs vanish, small enough that what is urgent soon gets its turn.
+REQUEST_BYTES = 8 << 20
 # Smaller goes first: (0 for a waiting request, 1 for a speculative copy; arrival in Unix seconds).
 Urgency = tuple[int, float]
 
@@ -35,11 +37,16 @@ class PlaneError(Exception):
     """The plane cannot be opened; one sentence."""
 
 
+def request_blocks(slot_bytes: int) -> int:
+    """How many blocks are best asked for at once."""
+    return max(1, REQUEST_BYTES // slot_bytes)
+
+
 class Checksums:
-    """Which requests carry checksums: "off" none, "sampled" one in 16, "all" each."""
+    """Which requests carry checksums: "off" none, "sampled" one in 64, "all" each."""
 
     def __init__(self, mode: str) -> None:
-        self._every = {"off": 0, "sampled": 16, "all": 1}[mode]
+        self._every = {"off": 0, "sampled": 64, "all": 1}[mode]
         self._count = itertools.count()
 
     def wanted(self) -> bool:

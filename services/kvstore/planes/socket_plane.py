@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from services.kvstore.memory import SlabMemory
-from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, verdict
+from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, request_blocks, verdict
 from services.kvstore.planes.frames import (
     MOST_BLOCKS,
     VERDICT,
@@ -28,8 +28,6 @@ from services.kvstore.planes.frames import (
 
 log = logging.getLogger(__name__)
 
-# Of one request: large enough that its costs vanish, small enough that what is urgent soon gets its turn.
-REQUEST_BYTES = 4 << 20
 # Requests on the way on one connection, so that the source never waits for the next.
 AHEAD = 2
 CONNECT_S = 2.0
@@ -68,7 +66,7 @@ class SocketPlane:
         # Each with the time since when it waits for one request's answer, None while there is none.
         self._connections: dict[socket.socket, float | None] = {}
         self._watchdog = self._loop.call_later(timeout_s, self._watch)
-        self._batch = max(1, min(MOST_BLOCKS, REQUEST_BYTES // max(1, memory.slot_bytes)))
+        self._batch = min(MOST_BLOCKS, request_blocks(memory.slot_bytes))
 
     async def open(self, host: str, ask: Callable[[], Awaitable[tuple[int, bytes]]], connections: int) -> None:
         """`ask` gets a port and a one-time secret from the peer. Raises PlaneError; then the plane is closed."""

@@ -1,0 +1,62 @@
+"""The default model over two and four nodes: greedy output equals transformers' generate, by every plane."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from headway.fleet import Fleet, FleetSpec
+from headway.runtime.channels import open_channel
+from headway.v1 import router_pb2, router_pb2_grpc
+from tests.reference import NEW_TOKENS, check_equal, model_folder, prompts, reference
+from tests.support import generate, request, settled
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
+
+# Of the prompts, the lengths around block boundaries, a chat and a long one.
+SOME = (0, 6, 7, 8, 13, 16, 18, 21)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model() -> None:
+    try:
+        model_folder()
+    except LookupError as error:
+        pytest.skip(str(error))
+
+
+def pairs(nodes: int) -> list[tuple[str, str]]:
+    """(prefill, decode) on different nodes: each node's prefill worker with the next node's decode worker."""
+    return [(f"prefill-{node}", f"decode-{(node + 1) % nodes}") for node in range(nodes)]
+
+
+@pytest.mark.parametrize(("nodes", "plane"), [(2, "socket"), (2, "grpc"), (4, "socket")])
+async def test_greedy_output_across_nodes(nodes: int, plane: str, tmp_path: Path) -> None:
+    flags = {"kvstore": ("--planes", plane, "--checksum", "all")}
+    spec = FleetSpec(nodes, nodes, nodes=nodes, slab_bytes=256 << 20, flags=flags, threads=1)
+    wanted = [reference(prompts()[at]) for at in SOME]
+    with Fleet(spec, tmp_path) as fleet:
+        fleet.wait_ready(120)
+        async with open_channel(fleet.address) as channel:
+            stub = router_pb2_grpc.RouterServiceStub(channel)
+
+            async def answer(at: int, number: int) -> list[int]:
+                prefill, decode = pairs(nodes)[number % nodes]
+                hint = router_pb2.PlacementHint(prefill_worker=prefill, decode_worker=decode, force_apart=True)
+                message = request(prompts()[at], NEW_TOKENS, ignore_eos=True, placement=hint)
+                out = await generate(stub, message, timeout=300)
+                assert (out.code, out.details) == (grpc.StatusCode.OK, "")
+                assert out.finished.usage.handoff_bytes > 0
+                assert out.finished.replays == 0
+                return out.tokens
+
+            answers = await asyncio.gather(*(answer(at, number) for number, at in enumerate(SOME)))
+        for name in spec.kvstores:
+            figures = await settled(fleet.address_of(name))
+            assert all(peer.plane == plane for peer in figures.peers)
+            assert not figures.corrupt_blocks
+    for line in check_equal(answers, wanted):
+        print(line)
