@@ -310,7 +310,7 @@ class Store:
         return self.leases.get(lease_id)
 
     def pin(self, session: str, keys: list[bytes], arrival_s: float) -> Granted:
-        """Hold the leading blocks of a chain that are here for a reader; lease 0 when none is."""
+        """Hold the leading blocks of a chain that are here for a reader; lease 0 when none is, or can be spared."""
         found = self.cache.match(keys, len(keys))
         if not found:
             return Granted(0, [], 0)
@@ -321,7 +321,9 @@ class Store:
         lease = Lease(self._last_lease, session, "", keys, tokens, arrival_s, slots, found)
         lease.holders.add(session)
         self.leases[lease.lease_id] = lease
-        return Granted(lease.lease_id, list(slots), tokens)
+        # Somebody older may be waiting for these very slots.
+        self._press()
+        return Granted(lease.lease_id, list(slots), tokens) if lease.lease_id in self.leases else Granted(0, [], 0)
 
     def _tell_follower(self, lease: Lease) -> None:
         if lease.remote:

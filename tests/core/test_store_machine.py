@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headway.core.audit import check_integrity
-from headway.core.instructions import Offer, Reclaim, Reply
+from headway.core.instructions import Offer, Reclaim, Reply, StartPull, StopPull
 from headway.core.keys import block_keys
-from headway.core.leases import Added, Changed, Granted, Result
+from headway.core.leases import PULL, Added, Changed, Granted, Result, Source
 from headway.core.store import Store
 
 BLOCK = 4
 SLOTS = 12
 SESSIONS = ("p", "q", "d")
+# Another node's kvstore, which reads here.
+READER = "@node/1"
 # Few distinct contents, so that prefixes and duplicates are common.
 PROMPTS = [[seed] * length for seed in (1, 2) for length in (3, 9, 17, 26)] + [[1] * 8 + [2] * 9]
 
@@ -40,6 +42,11 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.store = Store(SLOTS, BLOCK, handoff_hold_s=5.0)
+        self.store.readers.add(READER)
+        # Prompts of leases that blocks are being fetched for: until that ends, nobody else touches their slots.
+        self.pulling: dict[int, list[int]] = {}
+        # What the other node reads: leases, while they are not taken from it.
+        self.read: set[int] = set()
         self.now = 0.0
         self.last = 0
         self.held: dict[tuple[str, int], Held] = {}
@@ -59,6 +66,8 @@ class StoreMachine(RuleBasedStateMachine):
             prompt = self.asked.pop(operation_id)[1]
             held = Held(session, result.lease_id, prompt, list(result.slots), result.cached_tokens // BLOCK)
             self.held[session, result.lease_id] = held
+            if self.store.leases[result.lease_id].source is not None:
+                self.pulling[result.lease_id] = prompt
         elif isinstance(result, Added):
             key = self.extending.pop(operation_id)
             self.held[key].slots += result.slots
@@ -70,7 +79,13 @@ class StoreMachine(RuleBasedStateMachine):
         """Obey what the store sends: replies, reclaims, leases passed by handoff."""
         while instructions := self.store.instructions():
             for item in instructions:
-                if isinstance(item, Reply):
+                if isinstance(item, StartPull):
+                    self.pulling.setdefault(item.lease_id, [])
+                elif isinstance(item, StopPull):
+                    assert item.lease_id in self.pulling
+                elif isinstance(item, Offer) and item.session == READER:
+                    self.read.add(item.granted.lease_id)
+                elif isinstance(item, Reply):
                     self.take(item.session, item.operation_id, item.result)
                 elif isinstance(item, Offer):
                     prompt = PROMPTS[item.request[1]]
@@ -94,13 +109,24 @@ class StoreMachine(RuleBasedStateMachine):
         del self.joined[lease_id]
         self.store.release("d", lease_id)
 
+    @property
+    def usable(self) -> dict[tuple[str, int], Held]:
+        """Leases that their workers may use."""
+        return {key: held for key, held in self.held.items() if held.lease_id not in self.pulling}
+
     def pick(self, data: st.DataObject) -> Held:
-        return self.held[data.draw(st.sampled_from(sorted(self.held)))]
+        return self.held[data.draw(st.sampled_from(sorted(self.usable)))]
 
     # ------------------------------------------------------------------ what workers do
 
-    @rule(session=st.sampled_from(SESSIONS), prompt=st.integers(0, len(PROMPTS) - 1), growth=st.integers(0, 9))
-    def acquire(self, session: str, prompt: int, growth: int) -> None:
+    @rule(
+        session=st.sampled_from(SESSIONS),
+        prompt=st.integers(0, len(PROMPTS) - 1),
+        growth=st.integers(0, 9),
+        pull=st.booleans(),
+        remote=st.booleans(),
+    )
+    def acquire(self, session: str, prompt: int, growth: int, pull: bool, remote: bool) -> None:
         if session in self.ghosts:
             return
         self.last += 1
@@ -114,13 +140,14 @@ class StoreMachine(RuleBasedStateMachine):
             growth=growth,
             arrival_s=float(self.last % 7),
             deadline_s=self.now + 20,
-            joiner="decode",
+            joiner="@node" if remote else "decode",
             request=("r", prompt),
+            source=Source("elsewhere") if pull else None,
         )
         self.take(session, self.last, result)
         self.listen()
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.usable)
     @rule(data=st.data())
     def seal(self, data: st.DataObject) -> None:
         held = self.pick(data)
@@ -138,7 +165,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert held.sealed == result.cached_tokens // BLOCK
         self.listen()
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.usable)
     @rule(data=st.data())
     def refresh(self, data: st.DataObject) -> None:
         held = self.pick(data)
@@ -154,7 +181,7 @@ class StoreMachine(RuleBasedStateMachine):
             held.slots[block] = slot
         held.sealed = changed.cached_tokens // BLOCK
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.usable)
     @rule(data=st.data())
     def extend(self, data: st.DataObject) -> None:
         held = self.pick(data)
@@ -167,7 +194,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.take(held.session, self.last, result)
         self.listen()
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.usable)
     @rule(data=st.data(), attached=st.booleans())
     def hand_off(self, data: st.DataObject, attached: bool) -> None:
         held = self.pick(data)
@@ -176,14 +203,16 @@ class StoreMachine(RuleBasedStateMachine):
         self.extending = {op: key for op, key in self.extending.items() if key != (held.session, held.lease_id)}
         del self.held[held.session, held.lease_id]
         joiner = "d" if attached and "d" not in self.ghosts else None
+        if self.store.leases[held.lease_id].remote:
+            joiner = READER if attached else None
         self.store.hand_off(held.session, held.lease_id, self.now, joiner)
         self.listen()
 
-    @precondition(lambda self: self.held and "d" not in self.ghosts)
+    @precondition(lambda self: self.usable and "d" not in self.ghosts)
     @rule(data=st.data(), offered=st.booleans())
     def join_early(self, data: st.DataObject, offered: bool) -> None:
         held = self.pick(data)
-        if held.session == "d" or held.lease_id in self.joined:
+        if held.session == "d" or held.lease_id in self.joined or self.store.leases[held.lease_id].remote:
             return
         if offered:
             held.losers = []
@@ -204,15 +233,64 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        held = self.pick(data)
+        held = self.held[data.draw(st.sampled_from(sorted(self.held)))]
         self.drop(held.session, held.lease_id)
+        self.listen()
+
+    @precondition(lambda self: self.pulling)
+    @rule(data=st.data(), blocks=st.integers(0, 3), adopt=st.booleans())
+    def fill(self, data: st.DataObject, blocks: int, adopt: bool) -> None:
+        """Blocks have come from elsewhere; or others have sealed them here."""
+        lease_id = data.draw(st.sampled_from(sorted(self.pulling)))
+        lease = self.store.leases[lease_id]
+        if adopt:
+            self.store.adopt(lease_id)
+        else:
+            self.store.fill(lease_id, min(blocks, lease.tokens // BLOCK - len(lease.blocks)))
+        self.listen()
+
+    @precondition(lambda self: self.pulling)
+    @rule(data=st.data())
+    def end_pull(self, data: st.DataObject) -> None:
+        self.finish_pull(data.draw(st.sampled_from(sorted(self.pulling))))
+
+    def finish_pull(self, lease_id: int) -> None:
+        """Well, or because nobody wants it any more: the worker gets the table as it is."""
+        del self.pulling[lease_id]
+        lease = self.store.end_pull(lease_id)
+        for held in self.held.values():
+            if held.lease_id == lease_id:
+                assert lease is not None
+                held.slots, held.sealed = list(lease.slots), len(lease.blocks)
+        self.listen()
+
+    @rule(prompt=st.integers(0, len(PROMPTS) - 1))
+    def pin(self, prompt: int) -> None:
+        """Another node wants to read what is here of a prompt."""
+        found = self.store.pin(READER, block_keys(b"n", PROMPTS[prompt], BLOCK), float(self.last % 7))
+        if found.lease_id:
+            self.read.add(found.lease_id)
+        self.listen()
+
+    @precondition(lambda self: self.read)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        lease_id = data.draw(st.sampled_from(sorted(self.read)))
+        self.read.remove(lease_id)
+        self.store.release(READER, lease_id)
+        self.listen()
+
+    @rule()
+    def reader_goes(self) -> None:
+        self.read.clear()
+        self.store.resolve(READER)
         self.listen()
 
     @rule(session=st.sampled_from(SESSIONS))
     def suspend(self, session: str) -> None:
         if session in self.ghosts:
             return
-        mine = [held for held in self.held.values() if held.session == session]
+        mine = [held for held in self.usable.values() if held.session == session]
         self.ghosts[session] = set().union(*(held.writable() for held in mine))
         self.held = {key: held for key, held in self.held.items() if held.session != session}
         self.asked = {op: asked for op, asked in self.asked.items() if asked[0] != session}
@@ -245,7 +323,8 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_writes_into_what_is_not_theirs(self) -> None:
         writers: dict[int, str] = {}
-        claims = [(f"{h.session}/{h.lease_id}", h.writable()) for h in self.held.values()]
+        claims = [(f"{h.session}/{h.lease_id}", h.writable()) for h in self.usable.values()]
+        claims += [(f"pull {lease_id}", set(self.store.leases[lease_id].own)) for lease_id in self.pulling]
         claims += [(f"ghost {session}", slots) for session, slots in self.ghosts.items()]
         for name, slots in claims:
             for slot in slots:
@@ -262,6 +341,18 @@ class StoreMachine(RuleBasedStateMachine):
                 assert held.lease_id == lease_id or not held.writable() & slots
 
     @invariant()
+    def what_another_node_reads_stays(self) -> None:
+        """Unless the store needed the slots and took the lease from it, which the generations tell."""
+        for lease_id in self.read & set(self.store.leases):
+            lease = self.store.leases[lease_id]
+            if READER in lease.holders:
+                assert not self.store.pool.free_slots() & set(lease.slots)
+
+    @invariant()
+    def a_pull_without_a_worker_was_told_to_stop(self) -> None:
+        assert all(PULL in self.store.leases[lease_id].holders for lease_id in self.pulling)
+
+    @invariant()
     def events_tell_what_is_cached_parents_first(self) -> None:
         parents = {block.key: block.parent for block in self.store.cache}
         for event in self.store.events.since(self.seen) or []:
@@ -276,7 +367,7 @@ class StoreMachine(RuleBasedStateMachine):
     def the_oldest_waiter_does_not_wait_for_nothing(self) -> None:
         """All sessions obey reclaims: whoever waits, waits for older leases or for what is quarantined."""
         waiter = self.store.waiters.oldest
-        if waiter and not self.ghosts:
+        if waiter and not self.ghosts and not self.pulling:
             younger = [lease for lease in self.store.leases.values() if lease.live and lease.age > waiter.age]
             assert not younger or any(lease.reclaiming for lease in younger)
 
@@ -290,6 +381,9 @@ class StoreMachine(RuleBasedStateMachine):
             self.now += 6.0
             self.store.tick(self.now)
             self.listen()
+            for lease_id in list(self.pulling):
+                self.finish_pull(lease_id)
+            self.reader_goes()
             for lease_id in list(self.joined):
                 if lease_id in self.joined:
                     self.leave(lease_id)
