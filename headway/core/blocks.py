@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from headway.core.evict import AgedLfu, Policy, Resident
+from headway.core.records import Records
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +26,8 @@ class BlockCache:
     evicted, leaves first.
     """
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(self, policy: Policy | None = None, records: Records | None = None) -> None:
+        self._records = records
         self._blocks: dict[bytes, Block] = {}
         self._policy: Policy = policy or AgedLfu()
         self._clock = 0
@@ -56,6 +58,8 @@ class BlockCache:
         block = self._blocks[key] = Block(key, slot=slot, parent=parent, holds=1)
         if parent is not None:
             parent.children += 1
+        if self._records is not None:
+            self._records.seal(slot, key, parent.slot if parent is not None else None)
         return block
 
     def hold(self, block: Block) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from headway.core.records import FREE, TAKEN, Cells, Records
+
 
 class SlotPool:
     """Free slots and generations. A slot's generation rises each time it becomes free, so that whoever copied its bytes
     can tell whether they were still the same block's.
     """
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self._free = list(range(total - 1, -1, -1))
-        self._is_free = bytearray(b"\1") * total
-        self.generations = [0] * total
+    def __init__(self, records: Records) -> None:
+        self._states = records.states
+        self.generations: Cells = records.generations
+        self.total = len(records.states)
+        self._free = [slot for slot in range(self.total - 1, -1, -1) if records.states[slot] == FREE]
 
     @property
     def free(self) -> int:
@@ -28,16 +30,16 @@ class SlotPool:
         slots = self._free[cut:]
         del self._free[cut:]
         for slot in slots:
-            self._is_free[slot] = 0
+            self._states[slot] = TAKEN
         return slots
 
     def give(self, slots: Iterable[int]) -> None:
         """Slots are free again. Raises ValueError on a slot that is free already."""
         for slot in slots:
-            if self._is_free[slot]:
+            if self._states[slot] == FREE:
                 raise ValueError(f"slot {slot} was freed twice")
-            self._is_free[slot] = 1
             self.generations[slot] += 1
+            self._states[slot] = FREE
             self._free.append(slot)
 
     def free_slots(self) -> set[int]:

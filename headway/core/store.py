@@ -22,6 +22,7 @@ from headway.core.leases import (
     Result,
     Source,
 )
+from headway.core.records import Records
 from headway.core.slots import SlotPool
 from headway.core.waiting import Waiter, WaitQueue
 
@@ -35,9 +36,9 @@ class Store:
     them.
     """
 
-    def __init__(self, total_slots: int, block_size: int, handoff_hold_s: float) -> None:
-        self.pool = SlotPool(total_slots)
-        self.cache = BlockCache()
+    def __init__(self, records: Records, block_size: int, handoff_hold_s: float) -> None:
+        self.pool = SlotPool(records)
+        self.cache = BlockCache(records=records)
         self.events = BlockEvents()
         self.leases: dict[int, Lease] = {}
         self.waiters = WaitQueue()
@@ -474,6 +475,12 @@ class Store:
             if lease.held_until_s is not None and lease.held_until_s <= now_s:
                 self._end(lease)
         self._serve()
+
+    def quarantine(self, slots: list[int], sessions: set[str]) -> None:
+        """Taken slots of nobody's lease that these sessions of a former epoch may still write to."""
+        self._last_lease += 1
+        lease = Lease(self._last_lease, "", "", [], 0, 0.0, slots, [], suspended=sessions)
+        self.leases[lease.lease_id] = lease
 
     # ------------------------------------------------------------------ figures
 

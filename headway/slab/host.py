@@ -26,14 +26,20 @@ def slot_stride(slot_bytes: int) -> int:
 class HostSegment:
     """A file /dev/shm/NAME of `size` bytes that outlives this process.
 
-    Always a new file: a worker of a former kvstore that still maps the old one can never write into this one.
+    A new file, unless the present one has the given inode number: a worker that maps another one can never write into
+    this one. `reused` says which it is.
     """
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, inode: int | None = None) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", name):
             raise SlabError(f"slab_name is {name!r}; use letters, digits, '.', '_' and '-'")
         self.path = SHM / name
         self.size = size
+        self.reused = inode is not None and self._is(inode)
+        if self.reused:
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            self.inode = os.fstat(self.descriptor).st_ino
+            return
         self.path.unlink(missing_ok=True)
         _check_room(size)
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -43,6 +49,14 @@ class HostSegment:
             self.remove()
             message = f"the slab of {size} bytes does not fit into {SHM} ({error.strerror}); make slab_bytes smaller"
             raise SlabError(message) from None
+        self.inode = os.fstat(self.descriptor).st_ino
+
+    def _is(self, inode: int) -> bool:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return False
+        return found.st_ino == inode and found.st_size == self.size
 
     def remove(self) -> None:
         """Close the descriptor and remove the name; memory that workers still map stays until they let go."""

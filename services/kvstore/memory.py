@@ -6,6 +6,7 @@ import mmap
 
 import xxhash
 
+from headway.core.records import ForgetfulRecords
 from headway.core.slots import SlotPool
 
 # Not in the slab: bytes that every store can give before it has any block, and where they land.
@@ -24,7 +25,7 @@ class SlabMemory:
         self._map = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._bytes = memoryview(self._map)
         self._stride = 0
-        self._pool = SlotPool(0)
+        self._pool = SlotPool(ForgetfulRecords(0))
         self._probe = self._landing = memoryview(b"")
         self.slot_bytes = 0
 

@@ -19,13 +19,15 @@ from headway.core.instructions import Filled, Instruction, Offer, Reclaim, Start
 from headway.core.keys import split_keys
 from headway.core.leases import PULL, Done, Problem, Refused, Result, Source
 from headway.core.model import KvFormat
+from headway.core.records import ForgetfulRecords
 from headway.core.store import Store
 from headway.runtime.errors import HeadwayError, invalid
-from headway.slab.host import HostSegment, slot_stride
+from headway.slab.host import slot_stride
 from headway.v1 import kvstore_pb2 as pb
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.convert import reply_of
 from services.kvstore.memory import SlabMemory
+from services.kvstore.restart import FormerWorker, Keeper, started_at
 
 if TYPE_CHECKING:
     from services.kvstore.pulls import Pulls
@@ -78,13 +80,14 @@ class Session:
 class Node:
     """All operations come through here; after each, what other sessions must hear is sent and watchers are woken."""
 
-    def __init__(self, config: KvStoreConfig, segment: HostSegment, memory: SlabMemory) -> None:
+    def __init__(self, config: KvStoreConfig, keeper: Keeper, memory: SlabMemory) -> None:
         self.config = config
-        self.segment = segment
+        self.segment = keeper.segment
         self.memory = memory
+        self._keeper = keeper
         self.epoch = time.time_ns()
         self.kv_format: KvFormat | None = None
-        self.store = Store(0, 1, config.handoff_hold_s)
+        self.store = Store(ForgetfulRecords(0), 1, config.handoff_hold_s)
         self.sessions: dict[str, Session] = {}
         # Other nodes' stores that read here, and what is fetched from them.
         self.readers: dict[str, Reader] = {}
@@ -93,6 +96,21 @@ class Node:
         self.watchers: set[asyncio.Event] = set()
         self._announced = 0
         self._audited = 0
+        if keeper.kv_format is not None:
+            self._restore(keeper.kv_format)
+
+    def _restore(self, kv_format: KvFormat) -> None:
+        """Go on with what a former kvstore left in this slab."""
+        former: list[str] = []
+        for worker in self._keeper.former_workers():
+            pidfd = worker.open()
+            if pidfd is not None:
+                session = self.sessions[worker.incarnation] = Session(worker.incarnation, worker.worker_id)
+                session.hang_up()
+                self._keeper.keep(worker)
+                self._watch(session, pidfd)
+                former.append(worker.incarnation)
+        self._use(self._keeper.restored(self.config.handoff_hold_s, former), kv_format)
 
     @property
     def block_size(self) -> int:
@@ -119,9 +137,13 @@ class Node:
 
     def mapped(self, session: Session, pid: int) -> None:
         """The process `pid` has the slab's descriptor: watch for its death."""
-        with contextlib.suppress(ProcessLookupError):
-            session.pidfd = os.pidfd_open(pid)
-            asyncio.get_running_loop().add_reader(session.pidfd, self._died, session)
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            self._keeper.keep(FormerWorker(session.key, session.worker_id, pid, started_at(pid)))
+            self._watch(session, os.pidfd_open(pid))
+
+    def _watch(self, session: Session, pidfd: int) -> None:
+        session.pidfd = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self._died, session)
 
     def close(self, session: Session) -> None:
         """The stream broke: what the worker held is free if its process is dead, else quarantined until it is."""
@@ -143,6 +165,7 @@ class Node:
 
     def _resolve(self, session: Session) -> None:
         self._close_pidfd(session)
+        self._keeper.forget(session.key)
         self.store.resolve(session.key)
         if not session.connected and self.sessions.get(session.key) is session:
             del self.sessions[session.key]
@@ -161,7 +184,7 @@ class Node:
                 f"worker {worker_id} has the KV format {kv_format}: block_size and bytes_per_token must be above 0"
             )
             raise HeadwayError(grpc.StatusCode.INVALID_ARGUMENT, message)
-        if self.kv_format is not None:
+        if self.kv_format is not None and (self.sessions or self.readers or self.pulls):
             message = (
                 f"worker {worker_id} has the KV format {kv_format}, this node's slab has {self.kv_format}: "
                 "start the worker with the same model and settings, or give it a kvstore of its own"
@@ -173,10 +196,16 @@ class Node:
                 f"one block takes {kv_format.slot_bytes} bytes, the slab has {self.segment.size}: enlarge slab_bytes"
             )
             raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, message)
-        self.kv_format = kv_format
-        self.store = Store(slots, kv_format.block_size, self.config.handoff_hold_s)
-        self.memory.lay_out(kv_format.slot_bytes, self.stride, self.store.pool)
+        if self.kv_format is not None:
+            # Nothing that watchers were told of is here any more.
+            self.epoch = time.time_ns()
+        records = self._keeper.lay_out(kv_format)
+        self._use(Store(records, kv_format.block_size, self.config.handoff_hold_s), kv_format)
         log.info("event=laid_out slots=%d slot_bytes=%d", slots, kv_format.slot_bytes)
+
+    def _use(self, store: Store, kv_format: KvFormat) -> None:
+        self.kv_format, self.store = kv_format, store
+        self.memory.lay_out(kv_format.slot_bytes, self.stride, store.pool)
 
     # ------------------------------------------------------------------ operations
 

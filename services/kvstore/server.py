@@ -12,7 +12,7 @@ from headway.runtime.config import load_or_exit
 from headway.runtime.errors import HeadwayError
 from headway.runtime.log import setup_logs
 from headway.runtime.server import GrpcServer, notify, run_service, stop_event
-from headway.slab.host import HostSegment, SlabError
+from headway.slab.host import SlabError
 from headway.v1 import kvstore_pb2, kvstore_pb2_grpc, transfer_pb2
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.descriptor import DescriptorSocket
@@ -20,6 +20,7 @@ from services.kvstore.memory import SlabMemory
 from services.kvstore.node import Node
 from services.kvstore.planes.socket_source import SocketSource
 from services.kvstore.pulls import Pulls
+from services.kvstore.restart import Keeper
 from services.kvstore.service import KvStoreServicer
 from services.kvstore.transfer_service import TransferServicer, add_transfers
 
@@ -39,12 +40,12 @@ async def serve(config: KvStoreConfig) -> None:
     server = GrpcServer(services)
     port = server.listen(config.host, config.port)
     try:
-        segment = await asyncio.to_thread(HostSegment, config.slab_name, config.slab_bytes)
+        keeper = await asyncio.to_thread(Keeper, config.slab_name, config.slab_bytes)
     except SlabError as error:
         raise HeadwayError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
     try:
-        memory = await asyncio.to_thread(SlabMemory, segment.descriptor, config.slab_bytes)
-        node = Node(config, segment, memory)
+        memory = await asyncio.to_thread(SlabMemory, keeper.segment.descriptor, config.slab_bytes)
+        node = Node(config, keeper, memory)
         pulls = Pulls(node)
         sockets = _socket_source(config, memory)
         transfers = TransferServicer(node, sockets, serve_bytes="grpc" in config.planes)
@@ -69,7 +70,7 @@ async def serve(config: KvStoreConfig) -> None:
             if sockets is not None:
                 sockets.close()
     finally:
-        segment.remove()
+        keeper.remove()
 
 
 def _socket_source(config: KvStoreConfig, memory: SlabMemory) -> SocketSource | None:

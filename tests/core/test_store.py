@@ -8,6 +8,7 @@ from headway.core.audit import check_integrity
 from headway.core.instructions import Offer, Reclaim, Reply
 from headway.core.keys import block_keys
 from headway.core.leases import Added, Changed, Done, Granted, Problem, Refused, Result
+from headway.core.records import ForgetfulRecords
 from headway.core.slots import SlotPool
 from headway.core.store import Store
 
@@ -22,7 +23,7 @@ class Bench:
     """A store with requests named by their tokens; integrity holds after every operation."""
 
     def __init__(self, slots: int = 16) -> None:
-        self.store = Store(slots, BLOCK, handoff_hold_s=10.0)
+        self.store = Store(ForgetfulRecords(slots), BLOCK, handoff_hold_s=10.0)
         self.last = 0
 
     def acquire(
@@ -83,7 +84,7 @@ A, B = list(range(10)), list(range(100, 110))
 
 
 def test_a_slot_freed_twice_is_an_error_and_generations_rise() -> None:
-    pool = SlotPool(4)
+    pool = SlotPool(ForgetfulRecords(4))
     slots = pool.take(2)
     before = [pool.generations[slot] for slot in slots]
     pool.give(slots)

@@ -12,6 +12,7 @@ from headway.core.audit import check_integrity
 from headway.core.instructions import Offer, Reclaim, Reply, StartPull, StopPull
 from headway.core.keys import block_keys
 from headway.core.leases import PULL, Added, Changed, Granted, Result, Source
+from headway.core.records import ForgetfulRecords
 from headway.core.store import Store
 
 BLOCK = 4
@@ -41,7 +42,7 @@ class Held:
 class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.store = Store(SLOTS, BLOCK, handoff_hold_s=5.0)
+        self.store = Store(ForgetfulRecords(SLOTS), BLOCK, handoff_hold_s=5.0)
         self.store.readers.add(READER)
         # Prompts of leases that blocks are being fetched for: until that ends, nobody else touches their slots.
         self.pulling: dict[int, list[int]] = {}

@@ -53,7 +53,8 @@ def running(process: ServiceProcess) -> Iterator[ServiceProcess]:
         process.signal(signal.SIGCONT)
         process.signal(signal.SIGKILL)
         process.wait_ended(time.monotonic() + 5)
-        slab_file(process).unlink(missing_ok=True)
+        for path in slab_file(process).parent.glob(f"{slab_file(process).name}*"):
+            path.unlink()
 
 
 class Peer:

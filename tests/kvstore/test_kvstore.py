@@ -176,27 +176,6 @@ async def test_watchers_get_a_snapshot_then_events_and_resume_without_a_gap(stor
         assert other_epoch.WhichOneof("event") == "snapshot_begin"
 
 
-async def test_a_killed_kvstore_leaves_its_segment_and_the_next_one_starts_anew(store: ServiceProcess) -> None:
-    async with attached(store.address) as peer:
-        view, epoch = peer.map(), peer.welcome.epoch
-        (granted,) = await peer.run(acquire(A))
-        await peer.run(seal(granted.granted.lease_id, A))
-    inode = slab_file(store).stat().st_ino
-    store.signal(signal.SIGKILL)
-    store.wait_ended(time.monotonic() + 5)
-    assert slab_file(store).stat().st_ino == inode
-    view[0, 0] = 1
-    store.start()
-    store.wait_listening(time.monotonic() + 30)
-    assert slab_file(store).stat().st_ino != inode
-    async with attached(store.address) as peer:
-        assert peer.welcome.epoch != epoch
-        fresh = peer.map()
-        view[:] = 77
-        assert not fresh.any()
-        assert (await stats(store.address)).cached_slots == 0
-
-
 async def test_a_clean_stop_leaves_nothing(store: ServiceProcess, tmp_path: Path) -> None:
     assert slab_file(store).exists()
     assert list(tmp_path.glob("*.sock"))

@@ -15,7 +15,7 @@ from headway.core.model import KvFormat, LayerGroup
 from headway.v1 import kvstore_pb2 as pb
 from tests.kvstore.faulty import Fault
 from tests.kvstore.pulling import BLOCK, NAMESPACE, SLOT_BYTES, SLOTS, WIDE, Pair, acquire, pair
-from tests.kvstore.rig import attached, release, stats, until
+from tests.kvstore.rig import attached, release, slab_file, stats, until
 
 FORTY = list(range(40 * BLOCK))
 TAIL = 7
@@ -124,6 +124,7 @@ async def test_a_source_that_came_back_with_another_layout_gives_nothing(two: Pa
     await two.fetch([*FORTY[: 5 * BLOCK], 1], request="first")
     two.source.process.signal(signal.SIGKILL)
     two.source.process.wait_ended(time.monotonic() + 5)
+    slab_file(two.source.process).unlink()
     two.source.process.start()
     two.source.process.wait_listening(time.monotonic() + 30)
     other = KvFormat(BLOCK, "uint64", "token", (LayerGroup(1, 128, 1, 1024),))
