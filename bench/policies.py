@@ -7,12 +7,22 @@ over; it keeps its place, so it is met first once it can go.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from headway.core.evict import Candidates, Resident
 
 
-class Base:
+class Blind:
+    """In a replay nobody asks who is next before it goes."""
+
+    def order(self, block: Resident) -> int:
+        raise NotImplementedError("only the slab's own policy is asked")
+
+    def in_order(self) -> Iterator[Resident]:
+        raise NotImplementedError("only the slab's own policy is asked")
+
+
+class Base(Blind):
     """One queue of candidates by rank; subclasses say the rank."""
 
     def __init__(self, capacity: int) -> None:
@@ -86,7 +96,7 @@ class Fifo(Base):
         return block
 
 
-class TwoClasses:
+class TwoClasses(Blind):
     """Blocks used once and blocks used often, each least recently used first; a returning ghost counts as used often.
 
     `once` and `often` count all resident blocks of a class, not only its candidates.
@@ -184,7 +194,7 @@ class Arc(TwoClasses):
             self._ghosts[True].drop_oldest()
 
 
-class S3Fifo:
+class S3Fifo(Blind):
     """S3-FIFO (Yang et al., SOSP 2023): a small queue of a tenth, a main queue, ghosts of as many as main holds."""
 
     def __init__(self, capacity: int) -> None:
@@ -239,7 +249,7 @@ class S3Fifo:
         return block
 
 
-class Sieve:
+class Sieve(Blind):
     """SIEVE (Zhang et al., NSDI 2024): a hand passes from old to new, spares once what was used since, takes the rest.
 
     A chain's children are placed before their parents, so that the hand meets a leaf and then what it continued.

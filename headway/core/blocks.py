@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +84,30 @@ class BlockCache:
         self._policy.used(blocks)
         for block in reversed(blocks):
             self._offer(block)
+
+    def next_out(self) -> Iterator[Block]:
+        """Idle blocks in the order in which `evict` would take them, if nothing were used meanwhile.
+
+        Ends with any change; O(k log k) for the first k.
+        """
+        leaves = (self._blocks[leaf.key] for leaf in self._policy.in_order())
+        leaf = next(leaves, None)
+        # Parents all of whose children would be gone by then, and how many of the others' would.
+        bare: list[tuple[int, int, Block]] = []
+        gone: Counter[Block] = Counter()
+        for number in itertools.count():
+            if leaf is not None and (not bare or self._policy.order(leaf) <= bare[0][0]):
+                block, leaf = leaf, next(leaves, None)
+            elif bare:
+                block = heapq.heappop(bare)[2]
+            else:
+                return
+            yield block
+            parent = block.parent
+            if parent is not None:
+                gone[parent] += 1
+                if not parent.holds and gone[parent] == parent.children:
+                    heapq.heappush(bare, (self._policy.order(parent), number, parent))
 
     def evict(self) -> Block | None:
         """Take out the idle leaf that the policy names; None when every block is held."""

@@ -7,7 +7,7 @@ prefix-closed whatever a policy prefers.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,12 @@ class Policy(Protocol):
 
     def withdraw(self, block: Resident) -> None:
         """The block is no candidate any more; no error if it was none."""
+
+    def order(self, block: Resident) -> int:
+        """Of two candidates the one with the smaller number goes first."""
+
+    def in_order(self) -> Iterator[Resident]:
+        """The candidates as `take` would give them, if nothing were used meanwhile. Ends with any change."""
 
     def take(self) -> Resident | None:
         """The candidate that goes: neither a candidate nor resident any more. None without candidates."""
@@ -87,6 +93,18 @@ class Candidates:
                 return block
         return None
 
+    def in_order(self) -> Iterator[Resident]:
+        """As `take` would give them; O(k log k) for the first k."""
+        heap = self._heap
+        ahead = [(heap[0], 0)] if heap else []
+        while ahead:
+            entry, at = heapq.heappop(ahead)
+            if self._true.get(entry[2]) is entry:
+                yield entry[2]
+            for child in (2 * at + 1, 2 * at + 2):
+                if child < len(heap):
+                    heapq.heappush(ahead, (heap[child], child))
+
 
 class AgedLfu:
     """LFU with dynamic ageing (Arlitt et al., Performance Evaluation Review 1999), uses counted up to `MOST_USES`.
@@ -106,10 +124,16 @@ class AgedLfu:
             block.rank = once + block.uses if block.uses < MOST_USES else most
 
     def offer(self, block: Resident) -> None:
-        self._candidates.offer(block, (block.rank << CLOCK_BITS) + block.last_use)
+        self._candidates.offer(block, self.order(block))
 
     def withdraw(self, block: Resident) -> None:
         self._candidates.withdraw(block)
+
+    def order(self, block: Resident) -> int:
+        return (block.rank << CLOCK_BITS) + block.last_use
+
+    def in_order(self) -> Iterator[Resident]:
+        return self._candidates.in_order()
 
     def take(self) -> Resident | None:
         block = self._candidates.take()

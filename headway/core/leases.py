@@ -40,11 +40,15 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The block table (one slot a block, reserve included) and the leading tokens that are in the slab."""
+    """The block table (one slot a block, reserve included) and the leading tokens that are in the slab.
+
+    `pulling`: blocks are being fetched into the slots, which the holder leaves alone until it hears of the end of it.
+    """
 
     lease_id: int
     slots: list[int]
     cached_tokens: int
+    pulling: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +71,16 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a lease's missing blocks come from: the kvstore at `address`.
+    """Where a lease's missing blocks come from: tiers below the slab, then the kvstore at `address` ("": no other).
 
     `blocks` leading blocks that it is believed to have; or `follow`: all of this request's prefill there, as it is
-    computed, its partial last block included.
+    computed, its partial last block included. `prefill_token_s`: seconds to compute a token instead; 0: not known.
     """
 
     address: str
     blocks: int = 0
     follow: bool = False
+    prefill_token_s: float = 0.0
 
 
 Result = Granted | Changed | Added | Done | Refused

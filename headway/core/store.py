@@ -44,6 +44,8 @@ class Store:
         self.waiters = WaitQueue()
         # Sessions that only read what they hold: other nodes' kvstores. They can be done without at any time.
         self.readers: set[str] = set()
+        # Keys of blocks that a tier below the slab keeps: announced like those in the slab.
+        self.below: set[bytes] = set()
         self.hit_tokens = self.missed_tokens = self.evicted_blocks = 0
         self._block = block_size
         self._hold_s = handoff_hold_s
@@ -72,8 +74,7 @@ class Store:
     ) -> Result | None:
         """Slots for `tokens` + `growth` tokens, those of the cached prefix among them; all or nothing, oldest first.
 
-        With `source`, the rest is fetched from there into the lease's own slots, which the session leaves alone until
-        it hears of the end of it.
+        With `source`, the rest is fetched from there into the lease's own slots (see Granted.pulling).
         """
         if tokens < 1:
             return Refused(Problem.INVALID, "a lease is for at least one token; this acquire names none")
@@ -163,17 +164,18 @@ class Store:
         cached = len(found) * self._block
         self.hit_tokens += cached
         self.missed_tokens += waiter.tokens - cached
-        return Granted(lease.lease_id, list(slots), cached)
+        return Granted(lease.lease_id, list(slots), cached, pulling=lease.source is not None)
 
     def _take(self, count: int) -> list[int]:
         """Slots, evicting idle blocks where too few are free; the caller has counted that there are enough."""
-        evicted: list[bytes] = []
+        gone: list[bytes] = []
         while self.pool.free < count and (block := self.cache.evict()) is not None:
-            evicted.append(block.key)
+            self.evicted_blocks += 1
             self.pool.give([block.slot])
-        if evicted:
-            self.evicted_blocks += len(evicted)
-            self.events.removed(evicted)
+            if block.key not in self.below:
+                gone.append(block.key)
+        if gone:
+            self.events.removed(gone)
         return self.pool.take(count)
 
     def _serve(self) -> None:
@@ -241,8 +243,7 @@ class Store:
                 block = self.cache.add(key, lease.slots[at], lease.blocks[-1] if lease.blocks else None)
                 stored.append(key)
             lease.blocks.append(block)
-        if stored:
-            self.events.stored(stored)
+        self._announce(stored)
         self._tell_follower(lease)
         return Changed(changes, len(lease.blocks) * self._block)
 
@@ -292,8 +293,7 @@ class Store:
                 lease.slots[at] = block.slot
                 self.cache.hold(block)
             lease.blocks.append(block)
-        if stored:
-            self.events.stored(stored)
+        self._announce(stored)
         self._serve()
 
     def adopt(self, lease_id: int) -> int:
@@ -325,6 +325,20 @@ class Store:
         # Somebody older may be waiting for these very slots.
         self._press()
         return Granted(lease.lease_id, list(slots), tokens) if lease.lease_id in self.leases else Granted(0, [], 0)
+
+    def below_changed(self, stored: list[bytes], removed: list[bytes]) -> None:
+        """A tier below the slab keeps these blocks from now on, or no longer."""
+        if new := [key for key in stored if key not in self.below and self.cache.get(key) is None]:
+            self.events.stored(new)
+        self.below.update(stored)
+        removed = [key for key in removed if key in self.below]
+        self.below.difference_update(removed)
+        if gone := [key for key in removed if self.cache.get(key) is None]:
+            self.events.removed(gone)
+
+    def _announce(self, sealed: list[bytes]) -> None:
+        if new := [key for key in sealed if key not in self.below]:
+            self.events.stored(new)
 
     def _tell_follower(self, lease: Lease) -> None:
         if lease.remote:
@@ -485,8 +499,9 @@ class Store:
     # ------------------------------------------------------------------ figures
 
     def snapshot(self) -> list[bytes]:
-        """The keys of all sealed blocks, parents before children."""
-        return [block.key for block in self.cache]
+        """The keys of all blocks that are here, those of the slab first, there parents before children."""
+        here = [block.key for block in self.cache]
+        return here + [key for key in self.below if self.cache.get(key) is None]
 
     def counts(self) -> dict[str, int]:
         """Slots by state: free + leased + cached + quarantined = all."""

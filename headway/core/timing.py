@@ -21,6 +21,11 @@ class StepTimes:
         self._measured_prefill = self._measured_step = False
         self.predictor = self._predictor()
 
+    @property
+    def prefill_token_s(self) -> float:
+        """Seconds per prefilled token; 0 until measured."""
+        return self._prefill_token_s if self._measured_prefill else 0.0
+
     def observe(self, prefill_tokens: int, decoding: int, seconds: float) -> None:
         """One forward of `prefill_tokens` prompt tokens and `decoding` decode steps took `seconds`."""
         if prefill_tokens >= LEAST_TOKENS and not decoding:

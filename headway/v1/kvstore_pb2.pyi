@@ -179,6 +179,7 @@ class AcquireLease(_message.Message):
     JOINER_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     PULL_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKEN_S_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     attempt: _builtins.int
     block_keys: _builtins.bytes
@@ -190,9 +191,13 @@ class AcquireLease(_message.Message):
     """Expected to join; empty: nobody."""
     timeout_s: _builtins.float
     """Seconds to wait for slots before RESOURCE_EXHAUSTED."""
+    prefill_token_s: _builtins.float
+    """Measured seconds to compute one token of a prompt here; 0: not measured. Blocks come from a tier below the slab only
+    where that is faster.
+    """
     @_builtins.property
     def pull(self) -> Global___PullBlocks:
-        """Fetch what the slab lacks before anything is computed: after the grant the slots are left alone until LeasePulled."""
+        """Fetch what the slab lacks before anything is computed."""
 
     def __init__(
         self,
@@ -206,10 +211,11 @@ class AcquireLease(_message.Message):
         joiner: _builtins.str = ...,
         timeout_s: _builtins.float = ...,
         pull: Global___PullBlocks | None = ...,
+        prefill_token_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pull", b"pull"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_s", b"arrival_s", "attempt", b"attempt", "block_keys", b"block_keys", "growth_tokens", b"growth_tokens", "joiner", b"joiner", "pull", b"pull", "sequence_id", b"sequence_id", "timeout_s", b"timeout_s", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_s", b"arrival_s", "attempt", b"attempt", "block_keys", b"block_keys", "growth_tokens", b"growth_tokens", "joiner", b"joiner", "prefill_token_s", b"prefill_token_s", "pull", b"pull", "sequence_id", b"sequence_id", "timeout_s", b"timeout_s", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -669,12 +675,15 @@ class LeaseGranted(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    PULLING_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     cached_tokens: _builtins.int
     """Leading tokens whose K and V are in the slab."""
     sequence_id: _builtins.str
     """In a push to the joiner: whose lease it is."""
     attempt: _builtins.int
+    pulling: _builtins.bool
+    """Blocks are being fetched: the slots are left alone until LeasePulled."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Block table: one slot a block, reserve included."""
@@ -687,10 +696,11 @@ class LeaseGranted(_message.Message):
         cached_tokens: _builtins.int = ...,
         sequence_id: _builtins.str = ...,
         attempt: _builtins.int = ...,
+        pulling: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_tokens", b"cached_tokens", "lease_id", b"lease_id", "sequence_id", b"sequence_id", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_tokens", b"cached_tokens", "lease_id", b"lease_id", "pulling", b"pulling", "sequence_id", b"sequence_id", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1012,6 +1022,8 @@ class StatsResponse(_message.Message):
     PEERS_FIELD_NUMBER: _builtins.int
     CORRUPT_BLOCKS_FIELD_NUMBER: _builtins.int
     TRANSFERS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    UNWRITTEN_BLOCKS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     epoch: _builtins.int
     total_slots: _builtins.int
@@ -1029,6 +1041,8 @@ class StatsResponse(_message.Message):
     corrupt_blocks: _builtins.int
     """Blocks that came with a wrong checksum, and were thrown away."""
     transfers_in_flight: _builtins.int
+    unwritten_blocks: _builtins.int
+    """Of the blocks that would be evicted next, those that no tier has yet."""
     @_builtins.property
     def kv_format(self) -> _common_pb2.KvFormat: ...
     @_builtins.property
@@ -1044,6 +1058,10 @@ class StatsResponse(_message.Message):
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerStats]:
         """Other nodes' kvstores that this one reads from."""
+
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierStats]:
+        """Below the slab."""
 
     def __init__(
         self,
@@ -1069,14 +1087,70 @@ class StatsResponse(_message.Message):
         peers: _abc.Iterable[Global___PeerStats] | None = ...,
         corrupt_blocks: _builtins.int = ...,
         transfers_in_flight: _builtins.int = ...,
+        tiers: _abc.Iterable[Global___TierStats] | None = ...,
+        unwritten_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_format", b"kv_format"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_slots", b"cached_slots", "checksums", b"checksums", "corrupt_blocks", b"corrupt_blocks", "epoch", b"epoch", "evicted_blocks", b"evicted_blocks", "free_slots", b"free_slots", "hit_tokens", b"hit_tokens", "integrity_errors", b"integrity_errors", "kv_format", b"kv_format", "leased_slots", b"leased_slots", "leases", b"leases", "missed_tokens", b"missed_tokens", "node_id", b"node_id", "peers", b"peers", "pid", b"pid", "quarantined_slots", b"quarantined_slots", "slot_stride", b"slot_stride", "total_slots", b"total_slots", "transfers_in_flight", b"transfers_in_flight", "waiting_acquires", b"waiting_acquires", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_slots", b"cached_slots", "checksums", b"checksums", "corrupt_blocks", b"corrupt_blocks", "epoch", b"epoch", "evicted_blocks", b"evicted_blocks", "free_slots", b"free_slots", "hit_tokens", b"hit_tokens", "integrity_errors", b"integrity_errors", "kv_format", b"kv_format", "leased_slots", b"leased_slots", "leases", b"leases", "missed_tokens", b"missed_tokens", "node_id", b"node_id", "peers", b"peers", "pid", b"pid", "quarantined_slots", b"quarantined_slots", "slot_stride", b"slot_stride", "tiers", b"tiers", "total_slots", b"total_slots", "transfers_in_flight", b"transfers_in_flight", "unwritten_blocks", b"unwritten_blocks", "waiting_acquires", b"waiting_acquires", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatsResponse: _TypeAlias = StatsResponse  # noqa: Y015
+
+@_typing.final
+class TierStats(_message.Message):
+    """Since the kvstore started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    TORN_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    BYTES_WRITTEN_FIELD_NUMBER: _builtins.int
+    BYTES_READ_FIELD_NUMBER: _builtins.int
+    READ_BLOCK_S_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """disk or remote."""
+    blocks: _builtins.int
+    """Held now; 0 where nobody here knows."""
+    hits: _builtins.int
+    """Blocks read, and right."""
+    torn: _builtins.int
+    """Blocks that failed their checksum, and were not served."""
+    dropped: _builtins.int
+    """Blocks that were not kept: no room in the queue, or the slot had been given out anew."""
+    errors: _builtins.int
+    evicted: _builtins.int
+    bytes_written: _builtins.int
+    bytes_read: _builtins.int
+    read_block_s: _builtins.float
+    """As measured lately; 0: not yet."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+        hits: _builtins.int = ...,
+        torn: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        errors: _builtins.int = ...,
+        evicted: _builtins.int = ...,
+        bytes_written: _builtins.int = ...,
+        bytes_read: _builtins.int = ...,
+        read_block_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "bytes_read", b"bytes_read", "bytes_written", b"bytes_written", "dropped", b"dropped", "errors", b"errors", "evicted", b"evicted", "hits", b"hits", "name", b"name", "read_block_s", b"read_block_s", "torn", b"torn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierStats: _TypeAlias = TierStats  # noqa: Y015
 
 @_typing.final
 class PeerStats(_message.Message):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from headway.core.timing import StepTimes
 from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker import operations
 from headway.worker.active import Active, Phase
@@ -37,6 +38,7 @@ class Leases:
         block_size: int,
         growth_tokens: int,
         acquire_timeout_s: float,
+        times: StepTimes,
         *,
         on_ready: Callable[[Active], None],
         on_refused: Callable[[Active, common_pb2.Failure], None],
@@ -45,6 +47,7 @@ class Leases:
         self._block = block_size
         self._growth_tokens = growth_tokens
         self._timeout_s = acquire_timeout_s
+        self._times = times
         self._on_ready, self._on_refused, self._on_preempt = on_ready, on_refused, on_preempt
         self._held: dict[int, Active] = {}
         # Leases given to a joiner: a cancel may still have to release them.
@@ -80,7 +83,14 @@ class Leases:
                 self._on_refused(active, problem)
 
         self._submit(
-            operations.acquire(active.sequence, active.joiner, self._growth_tokens, self._timeout_s, active.pull),
+            operations.acquire(
+                active.sequence,
+                active.joiner,
+                self._growth_tokens,
+                self._timeout_s,
+                active.pull,
+                self._times.prefill_token_s,
+            ),
             acquired,
         )
 
@@ -166,9 +176,9 @@ class Leases:
         active.lease_id = granted.lease_id
         active.slots = np.array(granted.slots, np.int32)
         self._held[active.lease_id] = active
-        if active.pull is None:
+        if not granted.pulling:
             self._on_ready(active)
-        elif active.pull.follow and not active.expecting:
+        elif active.pull is not None and active.pull.follow and not active.expecting:
             self.finish_pull(active)
 
     # ------------------------------------------------------------------ using

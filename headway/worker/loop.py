@@ -49,10 +49,12 @@ class EngineLoop:
         self._limits = limits
         self._on_load = on_load
         self._actives: dict[Sequence, Active] = {}
+        self.times = StepTimes()
         self.leases = Leases(
             engine.card.kv_format.block_size,
             growth_tokens,
             acquire_timeout_s,
+            self.times,
             on_ready=self._ready,
             on_refused=self._fail,
             on_preempt=self._preempt,
@@ -62,7 +64,6 @@ class EngineLoop:
         self._between_steps.set()
         self._thread = ThreadPoolExecutor(1, "engine")
         self.slab: Slab | None = None
-        self.times = StepTimes()
         self.forwards = 0
 
     # ------------------------------------------------------------------ attachment

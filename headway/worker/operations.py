@@ -10,7 +10,12 @@ Operation = pb.AttachOperation
 
 
 def acquire(
-    sequence: Sequence, joiner: str, growth_tokens: int, timeout_s: float, pull: pb.PullBlocks | None
+    sequence: Sequence,
+    joiner: str,
+    growth_tokens: int,
+    timeout_s: float,
+    pull: pb.PullBlocks | None,
+    prefill_token_s: float,
 ) -> Operation:
     left = sequence.max_tokens - sequence.output_index
     return Operation(
@@ -24,6 +29,7 @@ def acquire(
             joiner=joiner,
             timeout_s=timeout_s,
             pull=pull,
+            prefill_token_s=prefill_token_s,
         )
     )
 

@@ -26,6 +26,7 @@ def reply_of(operation: str, operation_id: int, result: Result) -> pb.AttachRepl
         reply.granted.lease_id = result.lease_id
         reply.granted.slots.extend(result.slots)
         reply.granted.cached_tokens = result.cached_tokens
+        reply.granted.pulling = result.pulling
     elif isinstance(result, Added):
         reply.extended.slots.extend(result.slots)
     elif isinstance(result, Changed):

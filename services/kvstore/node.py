@@ -32,6 +32,7 @@ from services.kvstore.restart import FormerWorker, Keeper, started_at
 if TYPE_CHECKING:
     from services.kvstore.pulls import Pulls
     from services.kvstore.readers import Reader
+    from services.kvstore.tiering import Tiering
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class Node:
         # Other nodes' stores that read here, and what is fetched from them.
         self.readers: dict[str, Reader] = {}
         self.pulls: Pulls | None = None
+        self.tiering: Tiering | None = None
         self.corrupt_blocks = 0
         self.watchers: set[asyncio.Event] = set()
         self._announced = 0
@@ -206,6 +208,8 @@ class Node:
     def _use(self, store: Store, kv_format: KvFormat) -> None:
         self.kv_format, self.store = kv_format, store
         self.memory.lay_out(kv_format.slot_bytes, self.stride, store.pool)
+        if self.tiering is not None:
+            self.tiering.lay_out()
 
     # ------------------------------------------------------------------ operations
 
@@ -288,24 +292,39 @@ class Node:
         return None
 
     def _acquire(self, session: Session, operation_id: int, acquire: pb.AcquireLease, now: float) -> Result | None:
+        keys = _keys(acquire.block_keys)
         return self.store.acquire(
             session.key,
             operation_id,
-            keys=_keys(acquire.block_keys),
+            keys=keys,
             tokens=acquire.tokens,
             growth=acquire.growth_tokens,
             arrival_s=_finite(acquire.arrival_s, "arrival_s"),
             deadline_s=now + _finite(acquire.timeout_s, "timeout_s"),
             joiner=acquire.joiner,
             request=(acquire.sequence_id, acquire.attempt),
-            source=_source(acquire),
+            source=self._source(acquire, keys),
         )
+
+    def _source(self, acquire: pb.AcquireLease, keys: list[bytes]) -> Source | None:
+        """Where what the slab lacks comes from, if not from computing it."""
+        pull, token_s = acquire.pull, _finite(acquire.prefill_token_s, "prefill_token_s")
+        if pull.kvstore:
+            return Source(pull.kvstore, pull.blocks, pull.follow, token_s)
+        if self.tiering is not None and self.tiering.tiers:
+            most = (acquire.tokens - 1) // self.block_size
+            missing = keys[len(self.store.cache.match(keys, most)) : max(0, most)]
+            if missing and self.tiering.promising(missing, token_s):
+                return Source("", prefill_token_s=token_s)
+        return None
 
     def settle(self) -> None:
         """Send what the last operations mean for others."""
         while instructions := self.store.instructions():
             for instruction in instructions:
                 self._carry_out(instruction)
+        if self.tiering is not None:
+            self.tiering.look()
         if self.store.events.last != self._announced:
             self._announced = self.store.events.last
             for watcher in self.watchers:
@@ -364,12 +383,6 @@ class Node:
                 self._audited = store.events.last
                 for wrong in check_integrity(store):
                     log.error("event=integrity %s", wrong)
-
-
-def _source(acquire: pb.AcquireLease) -> Source | None:
-    if not acquire.pull.kvstore:
-        return None
-    return Source(acquire.pull.kvstore, acquire.pull.blocks, acquire.pull.follow)
 
 
 def _keys(joined: bytes) -> list[bytes]:

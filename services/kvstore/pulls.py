@@ -1,4 +1,4 @@
-"""Fetching what leases lack from other nodes: one task a lease, one transfer a block."""
+"""Fetching what leases lack from tiers and from other nodes: one task a lease, one transfer a block."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from headway.v1 import transfer_pb2 as pb
 from services.kvstore.node import Node
 from services.kvstore.peers import Peer, PeerError
 from services.kvstore.planes.contract import Checksums, Copied, Move, request_blocks
+from services.kvstore.tiering import Below
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,10 @@ class Pulls:
         try:
             if source.follow:
                 await self._follow(lease, source, fetched)
-            else:
+                return
+            for below in self._node.tiering.tiers if self._node.tiering is not None else ():
+                await self._promote(lease, source, below, fetched)
+            if source.address:
                 await self._prefix(lease, source, fetched)
         except PeerError as error:
             log.warning("event=pull_failed peer=%s reason=%s", source.address, error)
@@ -109,20 +113,58 @@ class Pulls:
 
     async def _prefix(self, lease: Lease, source: Source, fetched: _Fetched) -> None:
         """Leading blocks that the peer is believed to have."""
-        store = self._node.store
-        wanted = min(source.blocks, (lease.tokens - 1) // self._node.block_size, len(lease.keys))
-        tries = 0
-        while (have := store.adopt(lease.lease_id)) < wanted and tries < TRIES and lease.holders != {PULL}:
-            count = self._flights.want(lease.lease_id, lease.keys[have:wanted])
+        wanted, tries = min(source.blocks, self._most(lease)), 0
+        while (have := self._node.store.adopt(lease.lease_id)) < wanted and tries < TRIES and lease.holders != {PULL}:
+            count = await self._turn(lease, lease.keys[have:wanted])
+            if count:
+                try:
+                    whole = await self._transfer(lease, source, have, have + count, fetched)
+                finally:
+                    self._landed(lease.lease_id)
+                tries += not whole
+
+    async def _promote(self, lease: Lease, source: Source, below: Below, fetched: _Fetched) -> None:
+        """Leading blocks that a tier of this node has, if they come sooner than they can be computed."""
+        tiering, store, most = self._node.tiering, self._node.store, self._most(lease)
+        assert tiering is not None
+        while (have := store.adopt(lease.lease_id)) < most and lease.holders != {PULL}:
+            keys = lease.keys[have:most]
+            count = tiering.worth(below, keys, source.prefill_token_s)
             if not count:
-                event = self._waiting[lease.lease_id] = asyncio.Event()
-                await event.wait()
-                continue
-            try:
-                whole = await self._transfer(lease, source, have, have + count, fetched)
-            finally:
-                self._landed(lease.lease_id)
-            tries += not whole
+                return
+            count = await self._turn(lease, keys[:count])
+            if count:
+                try:
+                    if not await self._read(lease, below, have, have + count, fetched):
+                        return
+                finally:
+                    self._landed(lease.lease_id)
+
+    def _most(self, lease: Lease) -> int:
+        """Blocks that may be fetched: at least the last token is left to compute."""
+        return min((lease.tokens - 1) // self._node.block_size, len(lease.keys))
+
+    async def _turn(self, lease: Lease, keys: list[bytes]) -> int:
+        """How many of these blocks to fetch now; 0 after having waited for another lease that was fetching them."""
+        count = self._flights.want(lease.lease_id, keys)
+        if not count:
+            event = self._waiting[lease.lease_id] = asyncio.Event()
+            await event.wait()
+        return count
+
+    async def _read(self, lease: Lease, below: Below, first: int, end: int, fetched: _Fetched) -> bool:
+        """Blocks [first, end) out of a tier; False when not all came."""
+        node, size = self._node, GROUP * request_blocks(self._node.memory.slot_bytes)
+        assert node.tiering is not None
+        for at in range(first, end, size):
+            upto = min(at + size, end)
+            good = await node.tiering.read(below, lease.keys[at:upto], lease.slots[at:upto])
+            fetched.bytes += good * node.memory.slot_bytes
+            node.store.fill(lease.lease_id, good)
+            node.settle()
+            if good < upto - at:
+                return False
+        return True
 
     async def _transfer(self, lease: Lease, source: Source, first: int, end: int, fetched: _Fetched) -> bool:
         """Blocks [first, end); False when not all came."""

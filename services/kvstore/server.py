@@ -22,6 +22,7 @@ from services.kvstore.planes.socket_source import SocketSource
 from services.kvstore.pulls import Pulls
 from services.kvstore.restart import Keeper
 from services.kvstore.service import KvStoreServicer
+from services.kvstore.tiering import Tiering
 from services.kvstore.transfer_service import TransferServicer, add_transfers
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ async def serve(config: KvStoreConfig) -> None:
     try:
         memory = await asyncio.to_thread(SlabMemory, keeper.segment.descriptor, config.slab_bytes)
         node = Node(config, keeper, memory)
-        pulls = Pulls(node)
+        pulls, tiering = Pulls(node), Tiering(node)
         sockets = _socket_source(config, memory)
         transfers = TransferServicer(node, sockets, serve_bytes="grpc" in config.planes)
         add_transfers(server.server, transfers)
@@ -54,7 +55,7 @@ async def serve(config: KvStoreConfig) -> None:
         servicer = KvStoreServicer(node, str(descriptors.path))
         kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server(servicer, server.server)
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(job) for job in (descriptors.serve(), node.tick())]
+            running = [tasks.create_task(job) for job in (descriptors.serve(), node.tick(), tiering.run())]
             await server.start()
             await server.set_serving(True)
             if config.port_file:
@@ -67,6 +68,7 @@ async def serve(config: KvStoreConfig) -> None:
             await server.stop(0.5)
             for task in running:
                 task.cancel()
+            await tiering.close()
             if sockets is not None:
                 sockets.close()
     finally:

@@ -166,6 +166,8 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             peers=node.pulls.peers if node.pulls is not None else (),
             corrupt_blocks=node.corrupt_blocks,
             transfers_in_flight=len(node.pulls) if node.pulls is not None else 0,
+            tiers=node.tiering.stats if node.tiering is not None else (),
+            unwritten_blocks=node.tiering.unwritten if node.tiering is not None else 0,
         )
         if node.kv_format is not None:
             reply.kv_format.CopyFrom(kv_format_to_proto(node.kv_format))

@@ -139,3 +139,25 @@ def test_no_policy_beats_the_one_that_knows_the_future() -> None:
     rates = [study.replay(prompts, make(CAPACITY), CAPACITY) for make in study.POLICIES.values()]
     assert 0 < min(rates) <= max(rates) <= best
     assert max(rates) > study.replay(prompts, Fifo(CAPACITY), CAPACITY)
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 6)), min_size=1, max_size=12), st.integers(0, 6))
+def test_the_order_that_is_foretold_is_the_order_of_eviction(prompts: list[tuple[int, int]], held: int) -> None:
+    cache, slots = BlockCache(), itertools.count()
+    for name, length in prompts:
+        blocks: list[Block] = []
+        for key in chain(name, length):
+            block = cache.get(key)
+            if block is None:
+                block = cache.add(key, next(slots), blocks[-1] if blocks else None)
+            else:
+                cache.hold(block)
+            blocks.append(block)
+        cache.drop(blocks)
+    for block in cache.match(chain(0, held), held):
+        cache.hold(block)
+    foretold = list(cache.next_out())
+    evicted: list[Block] = []
+    while (victim := cache.evict()) is not None:
+        evicted.append(victim)
+    assert foretold == evicted

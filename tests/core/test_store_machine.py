@@ -148,6 +148,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.take(session, self.last, result)
         self.listen()
 
+    @rule(data=st.data(), keep=st.booleans())
+    def tier(self, data: st.DataObject, keep: bool) -> None:
+        """A tier below the slab has taken blocks, whether they are still in the slab or not; or gave some up."""
+        anything = sorted({key for prompt in PROMPTS for key in block_keys(b"n", prompt, BLOCK)})
+        keys = data.draw(st.lists(st.sampled_from(anything), unique=True, max_size=5))
+        self.store.below_changed(keys if keep else [], [] if keep else keys)
+
     @precondition(lambda self: self.usable)
     @rule(data=st.data())
     def seal(self, data: st.DataObject) -> None:
@@ -361,7 +368,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert (key in self.known) == event.removed
                 self.known.symmetric_difference_update([key])
         self.seen = self.store.events.last
-        assert self.known == set(parents)
+        assert self.known == set(parents) | self.store.below == set(self.store.snapshot())
         assert all(parent is None or parent.key in self.known for parent in parents.values())
 
     @invariant()

@@ -179,7 +179,7 @@ def connect(source: SocketSource, first: bytes) -> bytes:
     """What a stranger gets who sends this."""
     with socket.create_connection(("127.0.0.1", source.port)) as connection:
         connection.settimeout(10)
-        # A source that hangs up on what it did not read resets the connection, at any time; what it said stays readable.
+        # A source that hangs up on what it did not read resets the connection; what it said before stays readable.
         with suppress(OSError):
             connection.sendall(first)
             connection.shutdown(socket.SHUT_WR)

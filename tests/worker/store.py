@@ -43,7 +43,8 @@ class LittleStore:
         blocks = -(-(acquire.tokens + acquire.growth_tokens) // BLOCK)
         self._last_lease += 1
         self.leases[self._last_lease] = slots = [self.free.pop() for _ in range(blocks)]
-        return pb.AttachReply(granted=pb.LeaseGranted(lease_id=self._last_lease, slots=slots))
+        pulling = bool(acquire.pull.kvstore)
+        return pb.AttachReply(granted=pb.LeaseGranted(lease_id=self._last_lease, slots=slots, pulling=pulling))
 
     def _join(self, join: pb.JoinLease) -> pb.AttachReply:
         slots = self.leases.get(join.lease_id)

@@ -56,6 +56,9 @@ class Tier(Protocol):
         on a view of another size.
         """
 
+    def contains(self, key: bytes) -> bool:
+        """The tier keeps this block, as far as is known here."""
+
     def leading(self, keys: Sequence[bytes]) -> int:
         """How many leading keys of the chain are here, as far as is known: only `get` proves it.
 
@@ -67,6 +70,9 @@ class Tier(Protocol):
 
         Views behind that number may hold anything: their slots must not be sealed.
         """
+
+    def flush(self) -> None:
+        """Wait until all that was accepted is kept or dropped."""
 
     def counts(self) -> TierCounts: ...
 

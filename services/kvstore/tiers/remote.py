@@ -6,8 +6,11 @@ What bounds the server's memory is the server's own business (`maxmemory` with a
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 BATCH_BYTES = 4 << 20
 BATCH_KEYS = 512
 QUEUE_BLOCKS = 64
+SENT_KEPT = 1 << 16
 TTL_S = 24 * 3600
 
 T = TypeVar("T")
@@ -45,6 +49,8 @@ class RemoteTier:
         self._lock = threading.Lock()
         self._counts = TierCounts()
         self._pending: set[bytes] = set()
+        # What the server took lately, and when.
+        self._sent: OrderedDict[bytes, float] = OrderedDict()
         self._queue: queue.Queue[Job | None] = queue.Queue(QUEUE_BLOCKS)
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="remote-tier", daemon=True)
@@ -83,6 +89,13 @@ class RemoteTier:
                 return False
             self._pending.add(key)
             return True
+
+    def contains(self, key: bytes) -> bool:
+        """It was put lately, and the server did not go down since: it may have evicted it."""
+        with self._lock:
+            if not self._link.up:
+                self._sent.clear()
+            return time.monotonic() - self._sent.get(key, -math.inf) < self._ttl_s / 2
 
     def leading(self, keys: Sequence[bytes]) -> int:
         """Asks the server, so like `get` not for an event loop."""
@@ -208,12 +221,20 @@ class RemoteTier:
         for key, value in values:
             pipe.set(self._name(key), memoryview(value), ex=self._ttl_s)
         answers = pipe.execute(raise_on_error=False)
-        for answer in answers:
+        for (key, _), answer in zip(values, answers, strict=True):
             if answer is True:
                 self._link.served()
+                self._note_sent(key)
             else:
                 self._link.refused(answer)
         return sum(answer is True for answer in answers)
+
+    def _note_sent(self, key: bytes) -> None:
+        with self._lock:
+            self._sent[key] = time.monotonic()
+            self._sent.move_to_end(key)
+            if len(self._sent) > SENT_KEPT:
+                self._sent.popitem(last=False)
 
     def _count(self, **more: int) -> None:
         with self._lock:
