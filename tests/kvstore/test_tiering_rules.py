@@ -1,0 +1,127 @@
+"""What the node owes its tiers and its slots, shown with a tier that is held up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from headway.core.keys import block_keys
+from headway.core.leases import Granted
+from headway.core.records import ForgetfulRecords
+from headway.core.store import Store
+from services.kvstore.node import Node
+from services.kvstore.tiering import Below, Tiering
+from services.kvstore.tiers.contract import TierCounts, unchanged
+
+BLOCK, SLOTS = 4, 8
+
+
+class HeldTier:
+    """Takes everything and writes nothing; a read ends when it is let go."""
+
+    def __init__(self) -> None:
+        self.still: dict[bytes, Callable[[], bool]] = {}
+        self.reading, self.let_go = threading.Event(), threading.Event()
+
+    def put(self, key: bytes, parent: bytes, view: memoryview, still: Callable[[], bool] = unchanged) -> bool:
+        self.still[key] = still
+        return True
+
+    def contains(self, key: bytes) -> bool:
+        return key in self.still
+
+    def leading(self, keys: Sequence[bytes]) -> int:
+        return len(keys)
+
+    def get(self, keys: Sequence[bytes], views: Sequence[memoryview]) -> int:
+        self.reading.set()
+        assert self.let_go.wait(10)
+        return len(keys)
+
+    def flush(self) -> None: ...
+    def counts(self) -> TierCounts:
+        return TierCounts()
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store(ForgetfulRecords(SLOTS), BLOCK, handoff_hold_s=1.0)
+
+
+@pytest.fixture
+def tier() -> Iterator[HeldTier]:
+    tier = HeldTier()
+    yield tier
+    tier.let_go.set()
+
+
+@pytest.fixture
+def tiering(store: Store) -> Tiering:
+    memory = SimpleNamespace(view=lambda slot: memoryview(bytearray(8)))
+    node: Any = SimpleNamespace(
+        config=None, store=store, memory=memory, block_size=BLOCK, kv_format=None, settle=lambda: None
+    )
+    return Tiering(cast("Node", node))
+
+
+def compute(store: Store, name: int, blocks: int) -> list[bytes]:
+    tokens = [name] * (blocks * BLOCK)
+    keys = block_keys(b"n", tokens, BLOCK)
+    lease = store.acquire("w", 1, keys=keys, tokens=len(tokens), growth=0, arrival_s=0.0, deadline_s=1.0)
+    assert isinstance(lease, Granted)
+    store.seal("w", lease.lease_id, first=0, keys=keys, parent=b"")
+    store.release("w", lease.lease_id)
+    return keys
+
+
+async def written(tiering: Tiering, tier: HeldTier, keys: list[bytes]) -> None:
+    task = asyncio.create_task(tiering.run())
+    await asyncio.sleep(0.01)
+    tiering.tiers.append(Below("held", tier))
+    tiering.look()
+    async with asyncio.timeout(10):
+        while not set(keys) <= set(tier.still):
+            await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_slot_that_was_given_out_anew_is_no_longer_the_block(
+    store: Store, tiering: Tiering, tier: HeldTier
+) -> None:
+    first = compute(store, 1, 4)
+    compute(store, 2, 4)
+    # Two of eight slots are written ahead: the end of the first chain.
+    await written(tiering, tier, first[2:])
+    assert all(tier.still[key]() for key in first[2:])
+    compute(store, 3, 1)
+    assert [tier.still[key]() for key in first[2:]] == [True, False]
+
+
+async def test_a_slab_laid_out_anew_has_none_of_the_former_blocks(
+    store: Store, tiering: Tiering, tier: HeldTier
+) -> None:
+    keys = compute(store, 1, 8)
+    await written(tiering, tier, keys[6:])
+    cast(Any, tiering)._node.store = Store(ForgetfulRecords(SLOTS), BLOCK, handoff_hold_s=1.0)
+    assert not any(tier.still[key]() for key in keys[6:])
+
+
+async def test_a_read_that_is_given_up_ends_only_when_nothing_is_written_any_more(
+    tiering: Tiering, tier: HeldTier
+) -> None:
+    reading = asyncio.create_task(tiering.read(Below("held", tier), [b"k"], [0]))
+    await asyncio.to_thread(tier.reading.wait, 10)
+    reading.cancel()
+    await asyncio.sleep(0.05)
+    assert not reading.done()
+    tier.let_go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
