@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from headway.cli.ask import read_prompt
-from headway.client import Client, Placement, Worker
+from headway.client import Client, Link, Placement, Store, Tier, Worker
 from headway.client.pace import milliseconds
 
 
@@ -24,6 +24,12 @@ def fleet(arguments: argparse.Namespace) -> int:
         for s in view.stores
     )  # fmt: skip
     print(table(["kvstore of", "address", "state", "cached blocks", "cached tokens"], stores))
+    links = [_link_row(store, link) for store in view.stores for link in store.links]
+    if links:
+        print("\n" + table(["blocks to", "from", "plane", "MB", "MB/s", "fallbacks"], links))
+    tiers = [_tier_row(store, tier) for store in view.stores for tier in store.tiers]
+    if tiers:
+        print("\n" + table(["below", "tier", "blocks", "read again", "MB written", "MB read", "ms a block"], tiers))
     return 0
 
 
@@ -56,6 +62,16 @@ def _worker_row(worker: Worker) -> list[object]:
         worker.worker_id, worker.node_id, worker.role, state, worker.waiting_sequences, worker.running_sequences,
         worker.waiting_tokens, used, worker.pid,
     ]  # fmt: skip
+
+
+def _link_row(store: Store, link: Link) -> list[object]:
+    rate = f"{link.bytes_per_s / 1e6:.0f}" if link.bytes_per_s else "–"
+    return [store.node_id, link.node_id, link.plane or "not connected", link.bytes // 1_000_000, rate, link.fallbacks]
+
+
+def _tier_row(store: Store, tier: Tier) -> list[object]:
+    written, read = tier.bytes_written // 1_000_000, tier.bytes_read // 1_000_000
+    return [store.node_id, tier.name, tier.blocks, tier.hits, written, read, milliseconds(tier.read_block_s)]
 
 
 def _option_row(option: Placement) -> list[object]:

@@ -9,10 +9,12 @@ from headway.client.results import (
     Explanation,
     Finished,
     FleetView,
+    Link,
     Placement,
     Started,
     Store,
     TextDelta,
+    Tier,
     Timings,
     Token,
     Usage,
@@ -41,17 +43,31 @@ def explanation_from_proto(response: router_pb2.ExplainResponse) -> Explanation:
 
 
 def fleet_from_proto(response: router_pb2.FleetResponse) -> FleetView:
-    stores = tuple(
-        Store(s.node_id, s.address, s.indexed_blocks, s.last_sequence_number, s.watching) for s in response.stores
-    )
     model = response.model
     return FleetView(
         workers=tuple(map(_worker, response.workers)),
-        stores=stores,
+        stores=tuple(map(_store, response.stores)),
         model=model.name,
         context_tokens=model.context_tokens,
         block_size=model.kv_format.block_size,
         requests_in_flight=response.requests_in_flight,
+    )
+
+
+def _store(store: router_pb2.StoreView) -> Store:
+    links = (
+        Link(p.node_id or p.address, p.plane, p.bytes, p.bytes / p.busy_s if p.busy_s else 0.0, p.fallbacks)
+        for p in store.peers
+    )
+    tiers = (Tier(t.name, t.blocks, t.hits, t.bytes_written, t.bytes_read, t.read_block_s) for t in store.tiers)
+    return Store(
+        store.node_id,
+        store.address,
+        store.indexed_blocks,
+        store.last_sequence_number,
+        store.watching,
+        tuple(links),
+        tuple(tiers),
     )
 
 

@@ -173,14 +173,39 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """Another node that a kvstore reads from. `plane` is empty while they are not connected."""
+
+    node_id: str
+    plane: str
+    bytes: int
+    bytes_per_s: float
+    fallbacks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """Below a kvstore's slab: "disk" or "remote". `hits`: blocks read; `read_block_s`: seconds a block took lately."""
+
+    name: str
+    blocks: int
+    hits: int
+    bytes_written: int
+    bytes_read: int
+    read_block_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Store:
-    """A kvstore as the router's index sees it."""
+    """A kvstore as the router's index sees it, and what it says of its links and tiers."""
 
     node_id: str
     address: str
     indexed_blocks: int
     last_sequence_number: int
     watching: bool
+    links: tuple[Link, ...] = ()
+    tiers: tuple[Tier, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

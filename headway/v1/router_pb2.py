@@ -23,59 +23,60 @@ _sym_db = _symbol_database.Default()
 
 
 from headway.v1 import common_pb2 as headway_dot_v1_dot_common__pb2
+from headway.v1 import kvstore_pb2 as headway_dot_v1_dot_kvstore__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17headway/v1/router.proto\x12\nheadway.v1\x1a\x17headway/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"7\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.headway.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xa5\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\x0cH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.headway.v1.ChatPromptH\x00\x12)\n\x06tokens\x18\x04 \x01(\x0b\x32\x17.headway.v1.TokenPromptH\x00\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.headway.v1.Sampling\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x19\n\x0ctop_logprobs\x18\n \x01(\rH\x02\x88\x01\x01\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x17\n\ndeadline_s\x18\x0c \x01(\x01H\x03\x88\x01\x01\x12\x1d\n\x10ttft_objective_s\x18\r \x01(\x01H\x04\x88\x01\x01\x12\x12\n\ncache_salt\x18\x0e \x01(\t\x12\x12\n\nrequest_id\x18\x0f \x01(\t\x12\x0e\n\x01n\x18\x10 \x01(\rH\x05\x88\x01\x01\x12,\n\tplacement\x18\x11 \x01(\x0b\x32\x19.headway.v1.PlacementHintB\x08\n\x06promptB\r\n\x0b_max_tokensB\x0f\n\r_top_logprobsB\r\n\x0b_deadline_sB\x13\n\x11_ttft_objective_sB\x04\n\x02_n\"S\n\rPlacementHint\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x13\n\x0b\x66orce_apart\x18\x03 \x01(\x08\"\x92\x01\n\x10GenerateResponse\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12$\n\x07started\x18\x02 \x01(\x0b\x32\x13.headway.v1.Started\x12 \n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x11.headway.v1.Delta\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.headway.v1.Finished\"C\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\"8\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12!\n\x06tokens\x18\x02 \x03(\x0b\x32\x11.headway.v1.Token\"\xff\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.headway.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.headway.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.headway.v1.Timings\x12\x16\n\x0eprefill_worker\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t\x12\x0f\n\x07replays\x18\x06 \x01(\r\x12\x13\n\x0bstop_string\x18\x07 \x01(\t\x12\x1a\n\rstop_token_id\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"\xae\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x15\n\routput_tokens\x18\x04 \x01(\r\x12\x15\n\rhandoff_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12working_copy_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x07 \x01(\x04\">\n\x0e\x45xplainRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.headway.v1.GenerateRequest\"V\n\x0f\x45xplainResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12,\n\x07options\x18\x02 \x03(\x0b\x32\x1b.headway.v1.PlacementOption\"\xbf\x01\n\x0fPlacementOption\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eoverlap_tokens\x18\x03 \x01(\r\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\x0e\n\x06\x63ost_s\x18\x06 \x01(\x01\x12\x0f\n\x07refused\x18\x07 \x01(\t\x12\x11\n\tpull_from\x18\x08 \x01(\t\x12\x0e\n\x06pull_s\x18\t \x01(\x01\"\x0e\n\x0c\x46leetRequest\"\xa1\x01\n\rFleetResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.headway.v1.WorkerView\x12%\n\x06stores\x18\x02 \x03(\x0b\x32\x15.headway.v1.StoreView\x12$\n\x05model\x18\x03 \x01(\x0b\x32\x15.headway.v1.ModelCard\x12\x1a\n\x12requests_in_flight\x18\x04 \x01(\r\"\xad\x01\n\nWorkerView\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.headway.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12(\n\x06status\x18\x05 \x01(\x0b\x32\x18.headway.v1.WorkerStatus\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x0b\n\x03pid\x18\x07 \x01(\r\"u\n\tStoreView\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x16\n\x0eindexed_blocks\x18\x03 \x01(\x04\x12\x1c\n\x14last_sequence_number\x18\x04 \x01(\x04\x12\x10\n\x08watching\x18\x05 \x01(\x08\"\x9a\x01\n\x0f\x41nnounceRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.headway.v1.WorkerHelloH\x00\x12*\n\x06status\x18\x02 \x01(\x0b\x32\x18.headway.v1.WorkerStatusH\x00\x12(\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x14.headway.v1.DrainingH\x00\x42\x07\n\x05\x65vent\"\n\n\x08\x44raining\"\xc7\x01\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.headway.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x17\n\x0fkvstore_address\x18\x05 \x01(\t\x12$\n\x05model\x18\x06 \x01(\x0b\x32\x15.headway.v1.ModelCard\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x11\n\tmax_batch\x18\x08 \x01(\r\"\xe0\x01\n\x0cWorkerStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x19\n\x11running_sequences\x18\x03 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x04 \x01(\x04\x12\x11\n\tkv_tokens\x18\x05 \x01(\x04\x12\x12\n\nfree_slots\x18\x06 \x01(\r\x12\x13\n\x0btotal_slots\x18\x07 \x01(\r\x12\x1c\n\x14prefill_coefficients\x18\x08 \x03(\x01\x12\x19\n\x11step_coefficients\x18\t \x03(\x01\"%\n\x10\x41nnounceResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t2\xa5\x02\n\rRouterService\x12G\n\x08Generate\x12\x1b.headway.v1.GenerateRequest\x1a\x1c.headway.v1.GenerateResponse0\x01\x12\x42\n\x07\x45xplain\x12\x1a.headway.v1.ExplainRequest\x1a\x1b.headway.v1.ExplainResponse\x12<\n\x05\x46leet\x12\x18.headway.v1.FleetRequest\x1a\x19.headway.v1.FleetResponse\x12I\n\x08\x41nnounce\x12\x1b.headway.v1.AnnounceRequest\x1a\x1c.headway.v1.AnnounceResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17headway/v1/router.proto\x12\nheadway.v1\x1a\x17headway/v1/common.proto\x1a\x18headway/v1/kvstore.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"7\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.headway.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xa5\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\x0cH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.headway.v1.ChatPromptH\x00\x12)\n\x06tokens\x18\x04 \x01(\x0b\x32\x17.headway.v1.TokenPromptH\x00\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.headway.v1.Sampling\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x19\n\x0ctop_logprobs\x18\n \x01(\rH\x02\x88\x01\x01\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x17\n\ndeadline_s\x18\x0c \x01(\x01H\x03\x88\x01\x01\x12\x1d\n\x10ttft_objective_s\x18\r \x01(\x01H\x04\x88\x01\x01\x12\x12\n\ncache_salt\x18\x0e \x01(\t\x12\x12\n\nrequest_id\x18\x0f \x01(\t\x12\x0e\n\x01n\x18\x10 \x01(\rH\x05\x88\x01\x01\x12,\n\tplacement\x18\x11 \x01(\x0b\x32\x19.headway.v1.PlacementHintB\x08\n\x06promptB\r\n\x0b_max_tokensB\x0f\n\r_top_logprobsB\r\n\x0b_deadline_sB\x13\n\x11_ttft_objective_sB\x04\n\x02_n\"S\n\rPlacementHint\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x13\n\x0b\x66orce_apart\x18\x03 \x01(\x08\"\x92\x01\n\x10GenerateResponse\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12$\n\x07started\x18\x02 \x01(\x0b\x32\x13.headway.v1.Started\x12 \n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x11.headway.v1.Delta\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.headway.v1.Finished\"C\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\"8\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12!\n\x06tokens\x18\x02 \x03(\x0b\x32\x11.headway.v1.Token\"\xff\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.headway.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.headway.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.headway.v1.Timings\x12\x16\n\x0eprefill_worker\x18\x04 \x01(\t\x12\x15\n\rdecode_worker\x18\x05 \x01(\t\x12\x0f\n\x07replays\x18\x06 \x01(\r\x12\x13\n\x0bstop_string\x18\x07 \x01(\t\x12\x1a\n\rstop_token_id\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"\xae\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x15\n\routput_tokens\x18\x04 \x01(\r\x12\x15\n\rhandoff_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12working_copy_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x07 \x01(\x04\">\n\x0e\x45xplainRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.headway.v1.GenerateRequest\"V\n\x0f\x45xplainResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12,\n\x07options\x18\x02 \x03(\x0b\x32\x1b.headway.v1.PlacementOption\"\xbf\x01\n\x0fPlacementOption\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x16\n\x0eoverlap_tokens\x18\x03 \x01(\r\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\x0e\n\x06\x63ost_s\x18\x06 \x01(\x01\x12\x0f\n\x07refused\x18\x07 \x01(\t\x12\x11\n\tpull_from\x18\x08 \x01(\t\x12\x0e\n\x06pull_s\x18\t \x01(\x01\"\x0e\n\x0c\x46leetRequest\"\xa1\x01\n\rFleetResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.headway.v1.WorkerView\x12%\n\x06stores\x18\x02 \x03(\x0b\x32\x15.headway.v1.StoreView\x12$\n\x05model\x18\x03 \x01(\x0b\x32\x15.headway.v1.ModelCard\x12\x1a\n\x12requests_in_flight\x18\x04 \x01(\r\"\xad\x01\n\nWorkerView\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.headway.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12(\n\x06status\x18\x05 \x01(\x0b\x32\x18.headway.v1.WorkerStatus\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x0b\n\x03pid\x18\x07 \x01(\r\"\xc1\x01\n\tStoreView\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x16\n\x0eindexed_blocks\x18\x03 \x01(\x04\x12\x1c\n\x14last_sequence_number\x18\x04 \x01(\x04\x12\x10\n\x08watching\x18\x05 \x01(\x08\x12$\n\x05peers\x18\x06 \x03(\x0b\x32\x15.headway.v1.PeerStats\x12$\n\x05tiers\x18\x07 \x03(\x0b\x32\x15.headway.v1.TierStats\"\x9a\x01\n\x0f\x41nnounceRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.headway.v1.WorkerHelloH\x00\x12*\n\x06status\x18\x02 \x01(\x0b\x32\x18.headway.v1.WorkerStatusH\x00\x12(\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x14.headway.v1.DrainingH\x00\x42\x07\n\x05\x65vent\"\n\n\x08\x44raining\"\xc7\x01\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.headway.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x17\n\x0fkvstore_address\x18\x05 \x01(\t\x12$\n\x05model\x18\x06 \x01(\x0b\x32\x15.headway.v1.ModelCard\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x11\n\tmax_batch\x18\x08 \x01(\r\"\xe0\x01\n\x0cWorkerStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x19\n\x11running_sequences\x18\x03 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x04 \x01(\x04\x12\x11\n\tkv_tokens\x18\x05 \x01(\x04\x12\x12\n\nfree_slots\x18\x06 \x01(\r\x12\x13\n\x0btotal_slots\x18\x07 \x01(\r\x12\x1c\n\x14prefill_coefficients\x18\x08 \x03(\x01\x12\x19\n\x11step_coefficients\x18\t \x03(\x01\"%\n\x10\x41nnounceResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t2\xa5\x02\n\rRouterService\x12G\n\x08Generate\x12\x1b.headway.v1.GenerateRequest\x1a\x1c.headway.v1.GenerateResponse0\x01\x12\x42\n\x07\x45xplain\x12\x1a.headway.v1.ExplainRequest\x1a\x1b.headway.v1.ExplainResponse\x12<\n\x05\x46leet\x12\x18.headway.v1.FleetRequest\x1a\x19.headway.v1.FleetResponse\x12I\n\x08\x41nnounce\x12\x1b.headway.v1.AnnounceRequest\x1a\x1c.headway.v1.AnnounceResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headway.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATMESSAGE']._serialized_start=64
-  _globals['_CHATMESSAGE']._serialized_end=108
-  _globals['_CHATPROMPT']._serialized_start=110
-  _globals['_CHATPROMPT']._serialized_end=165
-  _globals['_TOKENPROMPT']._serialized_start=167
-  _globals['_TOKENPROMPT']._serialized_end=199
-  _globals['_GENERATEREQUEST']._serialized_start=202
-  _globals['_GENERATEREQUEST']._serialized_end=751
-  _globals['_PLACEMENTHINT']._serialized_start=753
-  _globals['_PLACEMENTHINT']._serialized_end=836
-  _globals['_GENERATERESPONSE']._serialized_start=839
-  _globals['_GENERATERESPONSE']._serialized_end=985
-  _globals['_STARTED']._serialized_start=987
-  _globals['_STARTED']._serialized_end=1054
-  _globals['_DELTA']._serialized_start=1056
-  _globals['_DELTA']._serialized_end=1112
-  _globals['_FINISHED']._serialized_start=1115
-  _globals['_FINISHED']._serialized_end=1370
-  _globals['_USAGE']._serialized_start=1373
-  _globals['_USAGE']._serialized_end=1547
-  _globals['_EXPLAINREQUEST']._serialized_start=1549
-  _globals['_EXPLAINREQUEST']._serialized_end=1611
-  _globals['_EXPLAINRESPONSE']._serialized_start=1613
-  _globals['_EXPLAINRESPONSE']._serialized_end=1699
-  _globals['_PLACEMENTOPTION']._serialized_start=1702
-  _globals['_PLACEMENTOPTION']._serialized_end=1893
-  _globals['_FLEETREQUEST']._serialized_start=1895
-  _globals['_FLEETREQUEST']._serialized_end=1909
-  _globals['_FLEETRESPONSE']._serialized_start=1912
-  _globals['_FLEETRESPONSE']._serialized_end=2073
-  _globals['_WORKERVIEW']._serialized_start=2076
-  _globals['_WORKERVIEW']._serialized_end=2249
-  _globals['_STOREVIEW']._serialized_start=2251
-  _globals['_STOREVIEW']._serialized_end=2368
-  _globals['_ANNOUNCEREQUEST']._serialized_start=2371
-  _globals['_ANNOUNCEREQUEST']._serialized_end=2525
-  _globals['_DRAINING']._serialized_start=2527
-  _globals['_DRAINING']._serialized_end=2537
-  _globals['_WORKERHELLO']._serialized_start=2540
-  _globals['_WORKERHELLO']._serialized_end=2739
-  _globals['_WORKERSTATUS']._serialized_start=2742
-  _globals['_WORKERSTATUS']._serialized_end=2966
-  _globals['_ANNOUNCERESPONSE']._serialized_start=2968
-  _globals['_ANNOUNCERESPONSE']._serialized_end=3005
-  _globals['_ROUTERSERVICE']._serialized_start=3008
-  _globals['_ROUTERSERVICE']._serialized_end=3301
+  _globals['_CHATMESSAGE']._serialized_start=90
+  _globals['_CHATMESSAGE']._serialized_end=134
+  _globals['_CHATPROMPT']._serialized_start=136
+  _globals['_CHATPROMPT']._serialized_end=191
+  _globals['_TOKENPROMPT']._serialized_start=193
+  _globals['_TOKENPROMPT']._serialized_end=225
+  _globals['_GENERATEREQUEST']._serialized_start=228
+  _globals['_GENERATEREQUEST']._serialized_end=777
+  _globals['_PLACEMENTHINT']._serialized_start=779
+  _globals['_PLACEMENTHINT']._serialized_end=862
+  _globals['_GENERATERESPONSE']._serialized_start=865
+  _globals['_GENERATERESPONSE']._serialized_end=1011
+  _globals['_STARTED']._serialized_start=1013
+  _globals['_STARTED']._serialized_end=1080
+  _globals['_DELTA']._serialized_start=1082
+  _globals['_DELTA']._serialized_end=1138
+  _globals['_FINISHED']._serialized_start=1141
+  _globals['_FINISHED']._serialized_end=1396
+  _globals['_USAGE']._serialized_start=1399
+  _globals['_USAGE']._serialized_end=1573
+  _globals['_EXPLAINREQUEST']._serialized_start=1575
+  _globals['_EXPLAINREQUEST']._serialized_end=1637
+  _globals['_EXPLAINRESPONSE']._serialized_start=1639
+  _globals['_EXPLAINRESPONSE']._serialized_end=1725
+  _globals['_PLACEMENTOPTION']._serialized_start=1728
+  _globals['_PLACEMENTOPTION']._serialized_end=1919
+  _globals['_FLEETREQUEST']._serialized_start=1921
+  _globals['_FLEETREQUEST']._serialized_end=1935
+  _globals['_FLEETRESPONSE']._serialized_start=1938
+  _globals['_FLEETRESPONSE']._serialized_end=2099
+  _globals['_WORKERVIEW']._serialized_start=2102
+  _globals['_WORKERVIEW']._serialized_end=2275
+  _globals['_STOREVIEW']._serialized_start=2278
+  _globals['_STOREVIEW']._serialized_end=2471
+  _globals['_ANNOUNCEREQUEST']._serialized_start=2474
+  _globals['_ANNOUNCEREQUEST']._serialized_end=2628
+  _globals['_DRAINING']._serialized_start=2630
+  _globals['_DRAINING']._serialized_end=2640
+  _globals['_WORKERHELLO']._serialized_start=2643
+  _globals['_WORKERHELLO']._serialized_end=2842
+  _globals['_WORKERSTATUS']._serialized_start=2845
+  _globals['_WORKERSTATUS']._serialized_end=3069
+  _globals['_ANNOUNCERESPONSE']._serialized_start=3071
+  _globals['_ANNOUNCERESPONSE']._serialized_end=3108
+  _globals['_ROUTERSERVICE']._serialized_start=3111
+  _globals['_ROUTERSERVICE']._serialized_end=3404
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from headway.v1 import common_pb2 as _common_pb2
+from headway.v1 import kvstore_pb2 as _kvstore_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -575,11 +576,19 @@ class StoreView(_message.Message):
     INDEXED_BLOCKS_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
     WATCHING_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     address: _builtins.str
     indexed_blocks: _builtins.int
     last_sequence_number: _builtins.int
     watching: _builtins.bool
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[_kvstore_pb2.PeerStats]:
+        """As the store says when asked now; empty where it does not answer."""
+
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[_kvstore_pb2.TierStats]: ...
     def __init__(
         self,
         *,
@@ -588,10 +597,12 @@ class StoreView(_message.Message):
         indexed_blocks: _builtins.int = ...,
         last_sequence_number: _builtins.int = ...,
         watching: _builtins.bool = ...,
+        peers: _abc.Iterable[_kvstore_pb2.PeerStats] | None = ...,
+        tiers: _abc.Iterable[_kvstore_pb2.TierStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "indexed_blocks", b"indexed_blocks", "last_sequence_number", b"last_sequence_number", "node_id", b"node_id", "watching", b"watching"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "indexed_blocks", b"indexed_blocks", "last_sequence_number", b"last_sequence_number", "node_id", b"node_id", "peers", b"peers", "tiers", b"tiers", "watching", b"watching"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

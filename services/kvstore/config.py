@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from headway.runtime.config import ConfigError, option
 from headway.slab.host import PAGE
@@ -29,10 +30,15 @@ class KvStoreConfig:
     transfer_connections: int = option(0, "data connections to each other node; 0: one for two cores, at most 4")
     transfer_timeout_s: float = option(5.0, "after how long without bytes a data connection is given up")
     checksum: str = option("sampled", "which transfers are checked for flipped bits", choices=("off", "sampled", "all"))
-    disk_path: str = option("", "file of the disk tier, which keeps what the slab evicts; empty: none")
+    disk_dir: str = option("", "folder for the file of the disk tier, which keeps what the slab evicts; empty: none")
     disk_bytes: int = option(0, "bytes that this file may take")
     remote_url: str = option("", "Valkey or Redis server that keeps evicted blocks for all nodes; empty: none")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+
+    @property
+    def disk_file(self) -> Path:
+        """Of the disk tier."""
+        return Path(self.disk_dir) / f"headway-{self.node_id}.blocks"
 
     @property
     def connections(self) -> int:
@@ -49,8 +55,8 @@ class KvStoreConfig:
             raise ConfigError(f"setting transfer_connections is {self.transfer_connections}; it must be at least 0")
         if not 0 < self.transfer_timeout_s < math.inf:
             raise ConfigError(f"setting transfer_timeout_s is {self.transfer_timeout_s}; it must be above 0")
-        if self.disk_path and self.disk_bytes < PAGE:
-            message = f"setting disk_bytes is {self.disk_bytes}; say how many bytes the file disk_path may take"
+        if self.disk_dir and self.disk_bytes < PAGE:
+            message = f"setting disk_bytes is {self.disk_bytes}; say how many bytes the file in disk_dir may take"
             raise ConfigError(message)
         if not 0 < self.handoff_hold_s < math.inf:
             raise ConfigError(f"setting handoff_hold_s is {self.handoff_hold_s}; it must be above 0")

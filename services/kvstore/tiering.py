@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 
 from headway.core.blocks import Block
 from headway.core.model import KvFormat
@@ -102,9 +101,9 @@ class Tiering:
         config = self._config
         slot_bytes, digest = kv_format.slot_bytes, kv_format.digest()
         try:
-            if config.disk_path:
-                path, changed = Path(config.disk_path), self._teller(store)
-                disk = await asyncio.to_thread(DiskTier.open, path, config.disk_bytes, slot_bytes, digest, changed)
+            if config.disk_dir:
+                path, size, changed = config.disk_file, config.disk_bytes, self._teller(store)
+                disk = await asyncio.to_thread(DiskTier.open, path, size, slot_bytes, digest, changed)
                 keys = disk.keys()
                 for at in range(0, len(keys), EVENT_KEYS):
                     store.below_changed(keys[at : at + EVENT_KEYS], [])

@@ -216,12 +216,18 @@ class Fleet:
                 pid=hello.pid,
             )
 
-    def store_views(self) -> Iterable[router_pb2.StoreView]:
-        for store in self.stores.values():
-            yield router_pb2.StoreView(
+    async def store_views(self) -> list[router_pb2.StoreView]:
+        stores = list(self.stores.values())
+        figures = await asyncio.gather(*(store.stats() for store in stores))
+        return [
+            router_pb2.StoreView(
                 node_id=store.node_id,
                 address=store.address,
                 indexed_blocks=self.index.blocks(store.address),
                 last_sequence_number=store.last,
                 watching=store.watching,
+                peers=stats.peers,
+                tiers=stats.tiers,
             )
+            for store, stats in zip(stores, figures, strict=True)
+        ]

@@ -16,6 +16,7 @@ from headway.v1 import kvstore_pb2, kvstore_pb2_grpc
 log = logging.getLogger(__name__)
 
 RECONNECT_S = 0.2
+STATS_S = 1.0
 
 
 class StoreWatch:
@@ -31,6 +32,16 @@ class StoreWatch:
         self._index = index
         self._in_snapshot = False
         self._task = asyncio.create_task(self._run())
+
+    async def stats(self) -> kvstore_pb2.StatsResponse:
+        """The store's own figures; empty when it does not give them soon."""
+        try:
+            async with open_channel(self.address) as channel:
+                stub: Any = kvstore_pb2_grpc.KvStoreServiceStub(channel)
+                reply: kvstore_pb2.StatsResponse = await stub.Stats(kvstore_pb2.StatsRequest(), timeout=STATS_S)
+                return reply
+        except grpc.aio.AioRpcError:
+            return kvstore_pb2.StatsResponse()
 
     def close(self) -> None:
         self._task.cancel()

@@ -195,7 +195,7 @@ def test_a_full_disk_is_one_clear_sentence_and_leaves_no_file(tmp_path: Path) ->
 
 
 def test_a_folder_that_is_not_there_and_room_for_no_block_are_clear_sentences(tmp_path: Path) -> None:
-    with pytest.raises(TierError, match="choose another disk_path"):
+    with pytest.raises(TierError, match="choose another disk_dir"):
         reopen(tmp_path / "none" / "tier")
     with pytest.raises(TierError, match="disk_bytes is 4096"):
         DiskTier.open(tmp_path / "tier", 4096, SLOT_BYTES, DIGEST)

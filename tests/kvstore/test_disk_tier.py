@@ -254,7 +254,7 @@ def test_a_file_of_another_format_or_size_is_started_over(path: Path, tier: Disk
 
 
 def test_two_kvstores_do_not_share_a_file(path: Path, tier: DiskTier) -> None:
-    with pytest.raises(TierError, match="in use by another kvstore; give each its own disk_path"):
+    with pytest.raises(TierError, match="in use by another kvstore; give each its own disk_dir"):
         reopen(path)
     # The one that has it goes on.
     assert right(tier, put(tier, 1)) == 1

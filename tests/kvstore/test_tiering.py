@@ -42,7 +42,7 @@ async def store(tmp_path: Path, *flags: str) -> AsyncIterator[Side]:
 
 
 def disk(tmp_path: Path, size: int = 64 * MEBIBYTE) -> tuple[str, ...]:
-    return ("--disk-path", str(tmp_path / "blocks"), "--disk-bytes", str(size))
+    return ("--disk-dir", str(tmp_path), "--disk-bytes", str(size))
 
 
 async def tiers_open(side: Side, count: int = 1) -> None:
@@ -179,7 +179,7 @@ async def test_a_torn_block_is_computed_again(tmp_path: Path) -> None:
     async with store(tmp_path, *disk(tmp_path)) as side:
         await tiers_open(side)
         await push_out(side, *FIRST_OUT)
-        with (tmp_path / "blocks").open("r+b") as file:
+        with (tmp_path / "headway-node-0.blocks").open("r+b") as file:
             size = file.seek(0, 2)
             for at in range(size // 2 - size // 2 % 512, size // 2 - size // 2 % 512 + 512 * 4096, 4096):
                 file.seek(at)
@@ -194,7 +194,7 @@ async def test_a_torn_block_is_computed_again(tmp_path: Path) -> None:
 
 
 async def test_a_disk_that_cannot_be_had_is_one_line_and_no_tier(tmp_path: Path) -> None:
-    nowhere = ("--disk-path", "/proc/nowhere/blocks", "--disk-bytes", str(MEBIBYTE))
+    nowhere = ("--disk-dir", "/proc/nowhere", "--disk-bytes", str(MEBIBYTE))
     async with store(tmp_path, *nowhere) as side:
         await push_out_without_tier(side)
         assert not (await side.stats()).tiers

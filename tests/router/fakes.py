@@ -253,7 +253,7 @@ class FakeStore(kvstore_pb2_grpc.KvStoreServiceServicer):
         yield
 
     async def Stats(self, request: Any, context: Any) -> Any:
-        raise NotImplementedError
+        return kvstore_pb2.StatsResponse()
 
 
 class Rig:

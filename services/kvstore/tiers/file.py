@@ -32,7 +32,7 @@ class BlockFile:
             # Blocks are what clients wrote: nobody else's to read.
             self._buffered = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            message = f"the disk tier cannot open {path} ({error.strerror}); choose another disk_path"
+            message = f"the disk tier cannot open {path} ({error.strerror}); choose another disk_dir"
             raise TierError(message) from None
         try:
             self._lock()
@@ -91,7 +91,7 @@ class BlockFile:
         try:
             fcntl.flock(self._buffered, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            message = f"{self.path} is in use by another kvstore; give each its own disk_path"
+            message = f"{self.path} is in use by another kvstore; give each its own disk_dir"
             raise TierError(message) from None
 
     def _ours(self) -> bool:
@@ -112,7 +112,7 @@ class BlockFile:
             self.path.unlink(missing_ok=True)
             message = (
                 f"the disk tier of {self.layout.size} bytes does not fit at {self.path} ({error.strerror}); "
-                "make disk_bytes smaller or choose another disk_path"
+                "make disk_bytes smaller or choose another disk_dir"
             )
             raise TierError(message) from None
 
