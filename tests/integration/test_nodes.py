@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from headway.client import AsyncClient
 from headway.fleet import Fleet, FleetSpec
 from headway.runtime.channels import open_channel
 from headway.v1 import kvstore_pb2, router_pb2, router_pb2_grpc
@@ -71,6 +72,9 @@ async def test_a_sequence_is_handed_over_to_another_node(nodes: tuple[str, Fleet
     assert peer.plane == plane
     assert peer.node_id == "node-0"
     assert peer.fallbacks == 0
+    async with AsyncClient(fleet.address) as client:
+        links = {store.node_id: store.links for store in (await client.fleet()).stores}
+    assert [(link.node_id, link.plane) for link in links["node-1"]] == [("node-0", plane)]
 
 
 async def test_what_was_handed_over_is_cached_at_both_nodes(nodes: tuple[str, Fleet], stub: Stub) -> None:
