@@ -30,7 +30,7 @@ from services.kvstore.tiers.remote import RemoteTier
 log = logging.getLogger(__name__)
 
 # Free slots, and idle blocks that are written already, should be so many together: of the slab, and at most.
-AHEAD, MOST_AHEAD = 4, 512
+AHEAD, MOST_AHEAD = 2, 1024
 # Blocks written before the next are looked for.
 BATCH = 64
 # Between two looks at what goes next, and after a tier took nothing.

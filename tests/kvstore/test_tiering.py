@@ -20,7 +20,7 @@ from tests.kvstore.pulling import BLOCK, NAMESPACE, SLOT_BYTES, SLOTS, WIDE, Sid
 from tests.kvstore.redis_rig import Server
 from tests.kvstore.rig import attached, kvstore, release, running, slab_file, until
 
-# So much is written ahead.
+# Half of the slab is written ahead.
 QUARTER = SLOTS // 4
 # Prompts of a quarter each: the first leave the slab.
 FIRST_OUT = range(1, 8)

@@ -1,6 +1,6 @@
 """What a block costs below the slab: the disk tier with and without O_DIRECT, and the remote tier, side by side.
 
-python -m bench.tiers [--folder FOLDER] [--quick]    (--quick: under a minute; FOLDER: on the disk to be measured)
+python -m bench.tiers.speeds [--folder FOLDER] [--quick]    (--quick: under a minute; FOLDER: on the disk to measure)
 
 Blocks are those of the default model in float32 (16 tokens, 737,280 bytes). Reads are of blocks that the page cache
 does not hold, in random order, into page-aligned memory, one at a time; every block is verified. The remote tier needs
@@ -159,7 +159,7 @@ def main() -> None:
         rows.append({"tier": "remote", "server": Path(binary or "").name, **remote(binary or "", blocks // 2)})
     for row in rows:
         print(row)
-    finish("tiers", {"slot_bytes": SLOT_BYTES, "rows": rows, "marks": {}})
+    finish("tier-speeds", {"slot_bytes": SLOT_BYTES, "rows": rows, "marks": {}})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Where a prompt's prefix may lie, and how long the first token takes then."""
