@@ -19,6 +19,7 @@ from typing import Any
 from bench.report import busy_share, finish, plot_lines, progress
 from bench.transfer import namespace, summary
 from bench.transfer.contract import BLOCK_TOKENS, Mover, MoverError, Sample, SkipError
+from bench.transfer.control import control
 from bench.transfer.iperf3 import Iperf3
 from bench.transfer.memcpy import Memcpy
 from bench.transfer.mooncake_peer import Mooncake
@@ -117,6 +118,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         with busy_share() as others:
             time.sleep(1)
         samples, busy = contest.play(QUICK_ROUNDS if arguments.quick else ROUNDS)
+        held_up = control(SLOTS, quick=arguments.quick)
     bound = sorted(tokens for tokens, share in busy.items() if share > BOX_BOUND)
     if bound:
         progress(f"the box itself was the bottleneck (CPU above {BOX_BOUND:.0%}) at {bound} tokens")
@@ -129,7 +131,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "cpu_busy_share_while_nothing_moved": round(others["busy"], 3),
         "cpu_bound_tokens": bound,
         "settings": {mover.name: mover.setting for mover in contest.ready},
-        "marks": summary.marks(samples),
+        "acquires": held_up["figures"],
+        "marks": {**summary.marks(samples), "acquire_p99_ms_under_pull": held_up["mark"]},
     }
 
 
