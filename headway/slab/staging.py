@@ -11,7 +11,7 @@ While the caller sends (or fills) one buffer, the device copies the other one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ class Staging:
         self._idle: list[tuple[_Buffer, _Buffer]] = []
         self._lock = threading.Lock()
 
-    def outgoing(self, slots: Sequence[int]) -> Iterator[list[memoryview]]:
+    def outgoing(self, slots: Sequence[int]) -> Generator[list[memoryview], None, None]:
         """The slots' bytes in use, in order, some at a time; each list is valid until the next is asked for."""
         pieces = self._pieces(slots)
         pair = self._take()
@@ -69,7 +69,7 @@ class Staging:
         finally:
             self._give(pair)
 
-    def incoming(self, slots: Sequence[int]) -> Iterator[list[memoryview]]:
+    def incoming(self, slots: Sequence[int]) -> Generator[list[memoryview], None, None]:
         """As `outgoing`, to be filled. Each list is on its way into the slots once the next is asked for; when there
         is no next, all have arrived. Nothing is written to any slot after the iterator was closed.
         """
