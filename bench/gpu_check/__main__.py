@@ -26,6 +26,8 @@ from bench.report import finish, progress
 TOTAL_S = 590.0
 LIMITS_S = {"info": 60, "handoff": 60, "staging": 60, "equality": 150, "steps": 150, "together": 150, "peer": 60}
 ROOT = Path(__file__).resolve().parents[2]
+# Some images turn TF32 on for all that float32 multiplies, which is no float32 to compare.
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
 MARK = "headway-gpu-check:"
 
 
@@ -68,7 +70,7 @@ def _all(wanted: list[str], device: str) -> dict[str, Any]:
 def _apart(name: str, device: str, limit_s: float) -> dict[str, Any]:
     """The section in a process group of its own, which ends with it."""
     command = [sys.executable, "-m", "bench.gpu_check", "--section", name, "--device", device]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | EXACT | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     started = time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu_check.pair import Talk, child, device_of
+from bench.gpu_check.pair import Child, Talk, child, device_of
 from bench.gpu_check.sizes import Sizes
 from bench.report import percentile
-from headway.slab.device import DeviceMapping, DeviceSegment
+from headway.slab.device import CopyStream, DeviceMapping, DeviceSegment
 
 STRIDE = 64 << 10
 SLOTS = 256
@@ -25,7 +25,10 @@ def run(name: str, sizes: Sizes) -> dict[str, Any]:
     try:
         with child(read, segment) as reader:
             opened = reader.hear()
-            samples = [_hand_off(segment, reader, sizes.handoff_slots, number) for number in range(sizes.handoffs)]
+            stream = segment.device.module.stream(segment.device.index)
+            samples = [
+                _hand_off(segment, stream, reader, sizes.handoff_slots, number) for number in range(sizes.handoffs)
+            ]
             reader.tell(None)
             reader.hear()
     finally:
@@ -47,11 +50,12 @@ def _us(seconds: list[float], share: float) -> float:
     return round(percentile(seconds, share) * 1e6, 1)
 
 
-def _hand_off(segment: DeviceSegment, reader: Any, slots: int, number: int) -> tuple[float, float]:
+def _hand_off(
+    segment: DeviceSegment, stream: CopyStream, reader: Child, slots: int, number: int
+) -> tuple[float, float]:
     """Write a mark into each slot, wait for the device, pass the table on. Seconds to told and to read."""
     table = [(number * 31 + at * 7) % SLOTS for at in range(slots)]
     mark = np.frombuffer(number.to_bytes(MARK_BYTES, "little"), np.uint8).copy()
-    stream = segment.device.module.stream(segment.device.index)
     for slot in table:
         stream.copy(segment.address + slot * STRIDE, mark.ctypes.data, MARK_BYTES)
     stream.wait()
@@ -65,11 +69,9 @@ def read(talk: Talk, mapping: DeviceMapping) -> None:
     """The other process: for each table, read every slot's mark on the device and compare."""
     import torch
 
-    started_s = time.monotonic()
     slab = torch.utils.dlpack.from_dlpack(mapping.view(SLOTS, STRIDE))
     marks = slab[:, :MARK_BYTES].view(torch.int64)[:, 0]
-    open_ms = (time.monotonic() - started_s) * 1e3
-    talk.answer({"open_ms": round(open_ms, 3), "zero_copy": slab.data_ptr() == mapping.address})
+    talk.answer({"open_ms": round(talk.opened_s * 1e3, 3), "zero_copy": slab.data_ptr() == mapping.address})
     while (asked := talk.asked()) is not None:
         told_s = time.monotonic()
         table, number = asked

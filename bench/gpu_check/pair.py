@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -72,10 +73,11 @@ def child(work: Work, segment: DeviceSegment, *arguments: object) -> Iterator[Ch
 
 
 class Talk:
-    """The child's end of the pipe."""
+    """The child's end of the pipe. opened_s: seconds that opening the slab took."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, opened_s: float) -> None:
         self._connection = connection
+        self.opened_s = opened_s
 
     def answer(self, value: object) -> None:
         self._connection.send(("answer", value))
@@ -88,8 +90,12 @@ class Talk:
 def _run(work: Work, connection: Connection, known: tuple[str, bytes, int], arguments: tuple[object, ...]) -> None:
     try:
         name, handle, size = known
-        mapping = DeviceMapping(device_of(name), handle, size)
-        work(Talk(connection), mapping, *arguments)
+        device = device_of(name)
+        # So that opening is timed, and not the start of the runtime.
+        device.module.memory(device.index)
+        started_s = time.monotonic()
+        mapping = DeviceMapping(device, handle, size)
+        work(Talk(connection, time.monotonic() - started_s), mapping, *arguments)
         mapping.close()
     except EOFError:
         return

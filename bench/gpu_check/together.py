@@ -15,6 +15,7 @@ from bench.gpu_check.pair import Talk, child, device_of
 from bench.gpu_check.sizes import Sizes
 from bench.gpu_check.steps import dtype_on
 from bench.report import median, percentile
+from headway.engine.contract import Engine
 from headway.slab.device import DeviceMapping, DeviceSegment
 
 CHUNK = 256
@@ -73,21 +74,29 @@ def work(talk: Talk, mapping: DeviceMapping, sizes: Sizes, slots: int, dtype: st
     step(engine, [Running(prompt_of(length, vocabulary, 99), prompt_table)], CHUNK)
     talk.answer(None)
     talk.asked()
-    gaps = []
-    for left in (waiting, []) if role == "prefill" else ([],):
-        while left:
-            step(engine, left[:1])
-            left.pop(0)
-    if role != "prefill":
-        if role == "decode":
-            waiting = []
-        for _ in range(steps):
-            began = time.monotonic()
-            step(engine, [*decoding, *waiting[:1]], CHUNK)
-            gaps.append(time.monotonic() - began)
-            waiting = [sequence for sequence in waiting if not sequence.outputs]
-        while waiting:
-            step(engine, waiting[:1], CHUNK)
-            waiting = [sequence for sequence in waiting if not sequence.outputs]
+    if role == "prefill":
+        gaps = _prefill(engine, waiting)
+    else:
+        gaps = _decode(engine, decoding, waiting if role == "mixed" else [], steps)
     talk.answer((time.monotonic(), gaps))
     engine.unbind()
+
+
+def _prefill(engine: Engine, waiting: list[Running]) -> list[float]:
+    for sequence in waiting:
+        step(engine, [sequence])
+    return []
+
+
+def _decode(engine: Engine, decoding: list[Running], waiting: list[Running], steps: int) -> list[float]:
+    """Seconds of each decode step, a chunk of the first waiting prompt in it; prompts that are left come after."""
+    gaps = []
+    for _ in range(steps):
+        began = time.monotonic()
+        step(engine, [*decoding, *waiting[:1]], CHUNK)
+        gaps.append(time.monotonic() - began)
+        waiting = [sequence for sequence in waiting if not sequence.outputs]
+    while waiting:
+        step(engine, waiting[:1], CHUNK)
+        waiting = [sequence for sequence in waiting if not sequence.outputs]
+    return gaps
