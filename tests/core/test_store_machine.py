@@ -345,8 +345,10 @@ class StoreMachine(RuleBasedStateMachine):
     def what_a_joiner_reads_is_never_given_away(self) -> None:
         for lease_id, slots in self.joined.items():
             assert not self.store.pool.free_slots() & slots
-            for held in self.held.values():
+            for held in self.usable.values():
                 assert held.lease_id == lease_id or not held.writable() & slots
+            for pulling in self.pulling:
+                assert pulling == lease_id or not set(self.store.leases[pulling].own) & slots
 
     @invariant()
     def what_another_node_reads_stays(self) -> None:
