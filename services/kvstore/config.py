@@ -24,7 +24,8 @@ class KvStoreConfig:
     run_dir: str = option("/tmp", "folder for the unix socket that hands out the slab's descriptor")
     handoff_hold_s: float = option(10.0, "how long a lease waits for its decode worker after prefill")
     worker_silence_s: float = option(3.0, "after how long without a sign of life a worker's leases are suspended")
-    planes: tuple[str, ...] = option(("socket", "grpc"), "how bytes may move between nodes: socket, grpc")
+    planes: tuple[str, ...] = option(("socket", "grpc"), "how bytes may move between nodes: socket, grpc, nixl")
+    nixl_mode: str = option("write", "plane nixl: the source writes, or the reader reads", choices=("write", "read"))
     transfer_host: str = option("127.0.0.1", "address that other nodes' kvstores connect to for bytes")
     transfer_port: int = option(0, "port for that; 0 lets the kernel choose")
     transfer_connections: int = option(0, "data connections to each other node; 0: one for two cores, at most 4")
@@ -48,9 +49,10 @@ class KvStoreConfig:
     def __post_init__(self) -> None:
         if self.slab_bytes < PAGE:
             raise ConfigError(f"setting slab_bytes is {self.slab_bytes}; it must be at least {PAGE}")
-        unknown = set(self.planes) - {"socket", "grpc"}
+        unknown = set(self.planes) - {"socket", "grpc", "nixl"}
         if unknown or not self.planes:
-            raise ConfigError(f"setting planes is {', '.join(self.planes)}; it may name socket and grpc, at least one")
+            named = ", ".join(self.planes)
+            raise ConfigError(f"setting planes is {named}; it may name socket, grpc and nixl, at least one")
         if self.transfer_connections < 0:
             raise ConfigError(f"setting transfer_connections is {self.transfer_connections}; it must be at least 0")
         if not 0 < self.transfer_timeout_s < math.inf:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 import xxhash
@@ -24,18 +25,26 @@ class SlabMemory:
         # All pages exist already: this only fills the page table.
         self._map = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._bytes = memoryview(self._map)
-        self._stride = 0
+        self.stride = 0
         self._pool = SlotPool(ForgetfulRecords(0))
         self._probe = self._landing = memoryview(b"")
         self.slot_bytes = 0
 
     def lay_out(self, slot_bytes: int, stride: int, pool: SlotPool) -> None:
-        self.slot_bytes, self._stride, self._pool = slot_bytes, stride, pool
+        self.slot_bytes, self.stride, self._pool = slot_bytes, stride, pool
         self._probe = memoryview(bytearray(b"headway " * (slot_bytes // 8 + 1))[:slot_bytes])
         self._landing = memoryview(bytearray(slot_bytes))
 
     def has(self, slot: int) -> bool:
         return slot < self._pool.total or slot == PROBE_SLOT
+
+    @property
+    def slots(self) -> int:
+        return self._pool.total
+
+    def address(self, slot: int) -> int:
+        """Where the slot begins in this process; slots of the slab lie `stride` bytes apart."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.view(slot)))
 
     def view(self, slot: int) -> memoryview:
         """The slot's bytes in use, writable."""
@@ -43,7 +52,7 @@ class SlabMemory:
             return self._probe
         if slot == LANDING_SLOT:
             return self._landing
-        start = slot * self._stride
+        start = slot * self.stride
         return self._bytes[start : start + self.slot_bytes]
 
     def current(self, slot: int, generation: int) -> bool:

@@ -18,6 +18,8 @@ from services.kvstore.config import KvStoreConfig
 from services.kvstore.descriptor import DescriptorSocket
 from services.kvstore.memory import SlabMemory
 from services.kvstore.node import Node
+from services.kvstore.planes.nixl_agent import NixlError, load_nixl
+from services.kvstore.planes.nixl_source import NixlSource
 from services.kvstore.planes.socket_source import SocketSource
 from services.kvstore.pulls import Pulls
 from services.kvstore.restart import Keeper
@@ -38,6 +40,7 @@ async def serve(config: KvStoreConfig) -> None:
         kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"].full_name,
         transfer_pb2.DESCRIPTOR.services_by_name["TransferService"].full_name,
     ]
+    await asyncio.to_thread(_check_nixl, config)
     server = GrpcServer(services)
     port = server.listen(config.host, config.port)
     try:
@@ -49,7 +52,8 @@ async def serve(config: KvStoreConfig) -> None:
         node = Node(config, keeper, memory)
         pulls, tiering = Pulls(node), Tiering(node)
         sockets = _socket_source(config, memory)
-        transfers = TransferServicer(node, sockets, serve_bytes="grpc" in config.planes)
+        nixl = NixlSource(memory, config.node_id) if "nixl" in config.planes else None
+        transfers = TransferServicer(node, sockets, nixl, serve_bytes="grpc" in config.planes)
         add_transfers(server.server, transfers)
         descriptors = DescriptorSocket(node, Path(config.run_dir).resolve())
         servicer = KvStoreServicer(node, str(descriptors.path))
@@ -71,8 +75,19 @@ async def serve(config: KvStoreConfig) -> None:
             await tiering.close()
             if sockets is not None:
                 sockets.close()
+            if nixl is not None:
+                await asyncio.to_thread(nixl.close)
     finally:
         keeper.remove()
+
+
+def _check_nixl(config: KvStoreConfig) -> None:
+    """Raises HeadwayError where the plane is named but NIXL is not there."""
+    if "nixl" in config.planes:
+        try:
+            load_nixl()
+        except NixlError as error:
+            raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
 
 
 def _socket_source(config: KvStoreConfig, memory: SlabMemory) -> SocketSource | None:
