@@ -24,7 +24,8 @@ from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT, SlabMemory
 
 log = logging.getLogger(__name__)
 
-MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
+# The package nixl chooses one of the others, and may import torch to do so.
+MODULES = ("nixl_cu12", "nixl_cu13", "nixl")
 LOOK_S = 1e-4
 MEMORY = "DRAM"
 WRITE, READ = "WRITE", "READ"
@@ -92,7 +93,8 @@ class Agent:
         return [*slab, (card.probe_address, size, 0), (card.landing_address, size, 0)]
 
     def meet(self, card: pb.NixlCard) -> Remote:
-        name = self._nixl.add_remote_agent(card.metadata)
+        added: bytes | str = self._nixl.add_remote_agent(card.metadata)
+        name = added.decode() if isinstance(added, bytes) else added
         self._theirs[name] = self._nixl.prep_xfer_dlist(name, self._descriptors(card), MEMORY)
         return Remote(name, card.slots)
 
