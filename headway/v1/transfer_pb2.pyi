@@ -243,20 +243,16 @@ class OpenNixl(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CARD_FIELD_NUMBER: _builtins.int
-    WRITE_FIELD_NUMBER: _builtins.int
-    write: _builtins.bool
-    """The source begins transfers (WRITE); otherwise the reader does (READ)."""
     @_builtins.property
     def card(self) -> Global___NixlCard: ...
     def __init__(
         self,
         *,
         card: Global___NixlCard | None = ...,
-        write: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["card", b"card"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "write", b"write"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -264,9 +260,7 @@ Global___OpenNixl: _TypeAlias = OpenNixl  # noqa: Y015
 
 @_typing.final
 class MoveNixl(_message.Message):
-    """Blocks are wanted; NixlMoved answers once their bytes have moved: written by the source, or read by the reader, whose
-    agent tells so by a notification of the request_id in decimal digits.
-    """
+    """Blocks are wanted; NixlMoved answers once the source has written their bytes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

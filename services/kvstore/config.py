@@ -25,7 +25,6 @@ class KvStoreConfig:
     handoff_hold_s: float = option(10.0, "how long a lease waits for its decode worker after prefill")
     worker_silence_s: float = option(3.0, "after how long without a sign of life a worker's leases are suspended")
     planes: tuple[str, ...] = option(("socket", "grpc"), "how bytes may move between nodes: socket, grpc, nixl")
-    nixl_mode: str = option("write", "plane nixl: the source writes, or the reader reads", choices=("write", "read"))
     transfer_host: str = option("127.0.0.1", "address that other nodes' kvstores connect to for bytes")
     transfer_port: int = option(0, "port for that; 0 lets the kernel choose")
     transfer_connections: int = option(0, "data connections to each other node; 0: one for two cores, at most 4")

@@ -272,8 +272,7 @@ class Peer:
             by_grpc.open(link.channel, link.welcome.secret)
             return by_grpc
         if name == "nixl":
-            write = node.config.nixl_mode == "write"
-            link.nixl = NixlPlane(node.memory, self._checksums, timeout_s, link.out.put_nowait, write=write)
+            link.nixl = NixlPlane(node.memory, self._checksums, timeout_s, link.out.put_nowait)
             await link.nixl.open(node.config.node_id)
             return link.nixl
         by_socket = SocketPlane(node.memory, self._checksums, timeout_s)

@@ -33,7 +33,17 @@ def pairs(nodes: int) -> list[tuple[str, str]]:
     return [(f"prefill-{node}", f"decode-{(node + 1) % nodes}") for node in range(nodes)]
 
 
-@pytest.mark.parametrize(("nodes", "plane"), [(2, "socket"), (2, "grpc"), (4, "socket")])
+@pytest.mark.parametrize(
+    ("nodes", "plane"),
+    [
+        (2, "socket"),
+        (2, "grpc"),
+        pytest.param(2, "nixl", marks=pytest.mark.nixl),
+        (4, "socket"),
+        (4, "grpc"),
+        pytest.param(4, "nixl", marks=pytest.mark.nixl),
+    ],
+)
 async def test_greedy_output_across_nodes(nodes: int, plane: str, tmp_path: Path) -> None:
     flags = {"kvstore": ("--planes", plane, "--checksum", "all")}
     spec = FleetSpec(nodes, nodes, nodes=nodes, slab_bytes=256 << 20, flags=flags, threads=1)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from headway.core.records import ForgetfulRecords
 from headway.core.slots import SlotPool
 from headway.slab.host import HostSegment
 from headway.v1 import transfer_pb2 as pb
@@ -28,6 +29,10 @@ from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError
 from services.kvstore.planes.nixl_agent import MODULES
 from services.kvstore.planes.nixl_plane import NixlPlane
 from services.kvstore.planes.nixl_source import NixlSource
+from tests.kvstore.pulling import BLOCK, pair
+from tests.kvstore.pulling import SLOT_BYTES as BLOCK_BYTES
+from tests.kvstore.pulling import SLOTS as PAIR_SLOTS
+from tests.kvstore.rig import release, until
 
 # UCX reads its settings when NIXL is first imported, by the kvstores of these tests too.
 os.environ.setdefault("UCX_TLS", "tcp")
@@ -59,7 +64,7 @@ def sides() -> Iterator[tuple[Side, Side]]:
     for _ in range(2):
         segment = HostSegment(f"headway-test-{uuid.uuid4().hex[:8]}", SLOTS * STRIDE)
         segments.append(segment)
-        memory, pool = SlabMemory(segment.descriptor, segment.size), SlotPool(SLOTS)
+        memory, pool = SlabMemory(segment.descriptor, segment.size), SlotPool(ForgetfulRecords(SLOTS))
         memory.lay_out(SLOT_BYTES, STRIDE, pool)
         made.append(Side(memory, pool))
     made[0].fill()
@@ -100,11 +105,9 @@ class Stream:
 
 
 @asynccontextmanager
-async def opened(
-    side: Side, source: NixlSource, *, write: bool = True, checksum: str = "all"
-) -> AsyncIterator[tuple[NixlPlane, Stream]]:
+async def opened(side: Side, source: NixlSource, *, checksum: str = "all") -> AsyncIterator[tuple[NixlPlane, Stream]]:
     stream = Stream(source)
-    stream.plane = NixlPlane(side.memory, Checksums(checksum), TIMEOUT_S, stream.send, write=write)
+    stream.plane = NixlPlane(side.memory, Checksums(checksum), TIMEOUT_S, stream.send)
     await stream.plane.open("reader")
     try:
         yield stream.plane, stream
@@ -116,48 +119,39 @@ def moves(pairs: dict[int, int]) -> list[Move]:
     return [Move(there, 0, here) for there, here in pairs.items()]
 
 
-both_ways = pytest.mark.parametrize("write", [True, False], ids=["write", "read"])
-
-
 @needs_nixl
-@both_ways
 @pytest.mark.parametrize("checksum", ["all", "off"])
 async def test_scattered_blocks_arrive_as_they_were(
-    sides: tuple[Side, Side], source: NixlSource, write: bool, checksum: str
+    sides: tuple[Side, Side], source: NixlSource, checksum: str
 ) -> None:
-    async with opened(sides[1], source, write=write, checksum=checksum) as (plane, _):
+    async with opened(sides[1], source, checksum=checksum) as (plane, _):
         assert await plane.read(moves(SCATTERED), NOW) == [Copied.GOOD] * SLOTS
     for there, here in SCATTERED.items():
         assert sides[1].memory.view(here) == sides[0].memory.view(there)
 
 
 @needs_nixl
-@both_ways
-async def test_a_probe_needs_no_block(sides: tuple[Side, Side], source: NixlSource, write: bool) -> None:
-    async with opened(sides[1], source, write=write) as (plane, _):
+async def test_a_probe_needs_no_block(sides: tuple[Side, Side], source: NixlSource) -> None:
+    async with opened(sides[1], source) as (plane, _):
         assert await plane.read([Move(PROBE_SLOT, 0, LANDING_SLOT)] * 3, NOW) == [Copied.GOOD] * 3
     assert sides[1].memory.checksum(LANDING_SLOT) == sides[0].memory.checksum(PROBE_SLOT)
 
 
 @needs_nixl
-@both_ways
-async def test_a_slot_given_out_anew_is_stale(sides: tuple[Side, Side], source: NixlSource, write: bool) -> None:
+async def test_a_slot_given_out_anew_is_stale(sides: tuple[Side, Side], source: NixlSource) -> None:
     pool = sides[0].pool
     pool.give(pool.take(1))
     freed = pool.generations.index(1)
-    async with opened(sides[1], source, write=write) as (plane, _):
+    async with opened(sides[1], source) as (plane, _):
         copied = await plane.read(moves(SCATTERED), NOW)
     assert [slot for slot, what in enumerate(copied) if what is Copied.STALE] == [freed]
     assert copied.count(Copied.GOOD) == SLOTS - 1
 
 
 @needs_nixl
-@both_ways
-async def test_a_slot_given_out_while_it_moves_is_stale(
-    sides: tuple[Side, Side], source: NixlSource, write: bool
-) -> None:
+async def test_a_slot_given_out_while_it_moves_is_stale(sides: tuple[Side, Side], source: NixlSource) -> None:
     """The generation counts that it has when all its bytes are read, not the one before."""
-    async with opened(sides[1], source, write=write, checksum="off") as (plane, stream):
+    async with opened(sides[1], source, checksum="off") as (plane, stream):
         # The request is there, and its bytes cannot have moved: this thread has not let the reader's make progress.
         reading = asyncio.create_task(plane.read([Move(5, 0, 6)] * 40, NOW))
         while not any(request.HasField("move_nixl") for request in stream.sent):
@@ -167,9 +161,8 @@ async def test_a_slot_given_out_while_it_moves_is_stale(
 
 
 @needs_nixl
-@both_ways
-async def test_flipped_bits_are_found(sides: tuple[Side, Side], source: NixlSource, write: bool) -> None:
-    async with opened(sides[1], source, write=write) as (plane, stream):
+async def test_flipped_bits_are_found(sides: tuple[Side, Side], source: NixlSource) -> None:
+    async with opened(sides[1], source) as (plane, stream):
         real = stream.put
 
         def put(response: pb.ConnectResponse) -> None:
@@ -201,11 +194,8 @@ async def test_what_is_urgent_overtakes(sides: tuple[Side, Side], source: NixlSo
 
 
 @needs_nixl
-@both_ways
-async def test_a_cancelled_read_writes_nothing_once_it_is_over(
-    sides: tuple[Side, Side], source: NixlSource, write: bool
-) -> None:
-    async with opened(sides[1], source, write=write) as (plane, stream):
+async def test_a_cancelled_read_writes_nothing_once_it_is_over(sides: tuple[Side, Side], source: NixlSource) -> None:
+    async with opened(sides[1], source) as (plane, stream):
         task = asyncio.create_task(plane.read(moves(SCATTERED) * 20, NOW))
         while not any(request.HasField("move_nixl") for request in stream.sent):
             await asyncio.sleep(0)
@@ -226,13 +216,12 @@ async def untouched(side: Side) -> None:
 
 
 @needs_nixl
-@both_ways
 @pytest.mark.parametrize("how", ["silent", "closed", "stream cut"])
 async def test_a_plane_that_breaks_writes_nothing_once_it_has_said_so(
-    sides: tuple[Side, Side], source: NixlSource, write: bool, how: str
+    sides: tuple[Side, Side], source: NixlSource, how: str
 ) -> None:
     """The source goes on, or says nothing; after MISSING the reader's slots are out of reach."""
-    async with opened(sides[1], source, write=write) as (plane, stream):
+    async with opened(sides[1], source) as (plane, stream):
         stream.deaf = True
         started = time.monotonic()
         task = asyncio.create_task(plane.read(moves(SCATTERED) * 20, NOW))
@@ -248,14 +237,14 @@ async def test_a_plane_that_breaks_writes_nothing_once_it_has_said_so(
         await untouched(sides[1])
         assert await plane.read(moves({1: 2}), NOW) == [Copied.MISSING]
     # The source serves the next one.
-    async with opened(sides[1], source, write=write) as (plane, _):
+    async with opened(sides[1], source) as (plane, _):
         assert await plane.read(moves({5: 6}), NOW) == [Copied.GOOD]
 
 
 @needs_nixl
 async def test_readers_do_not_disturb_each_other(sides: tuple[Side, Side], source: NixlSource) -> None:
     """One goes away in the middle of a transfer; the other's blocks come."""
-    async with opened(sides[1], source) as (staying, _), opened(sides[1], source, write=False) as (leaving, _):
+    async with opened(sides[1], source) as (staying, _), opened(sides[1], source) as (leaving, _):
         tasks = [asyncio.create_task(plane.read(moves(SCATTERED) * 10, NOW)) for plane in (leaving, staying)]
         await asyncio.sleep(0.02)
         leaving.close()
@@ -325,4 +314,60 @@ def check_refusal(env: dict[str, str]) -> None:
     assert line.endswith("install the extra (pip install 'headway[nixl]'), or leave nixl out of the setting planes")
 
 
-_ = (signal,)
+FORTY = list(range(40 * BLOCK))
+
+
+@needs_nixl
+async def test_two_kvstores_move_a_prefix(tmp_path: Path) -> None:
+    async with pair(tmp_path, "--planes", "nixl,grpc") as two:
+        await two.source.compute(FORTY)
+        lease_id, pulled = await two.fetch([*FORTY, 1])
+        assert (pulled.cached_tokens, pulled.bytes) == (len(FORTY), 40 * BLOCK_BYTES)
+        (peer,) = (await two.reader.stats()).peers
+        assert (peer.plane, peer.blocks, peer.fallbacks) == ("nixl", 40, 0)
+        await two.reader.worker.run(release(lease_id))
+        figures = await until(two.reader.address, lambda reply: not reply.leases)
+        assert figures.free_slots + figures.cached_slots == PAIR_SLOTS
+
+
+@needs_nixl
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("after_s", [0.0, 0.002, 0.01])
+async def test_a_source_that_is_gone_in_the_middle_costs_time_and_no_slot(
+    tmp_path: Path, number: signal.Signals, after_s: float
+) -> None:
+    async with pair(tmp_path, "--planes", "nixl,grpc") as two:
+        await two.source.compute(FORTY)
+        # Connected and probed, so that the next one is in the middle of its bytes.
+        lease_id, _ = await two.fetch([*FORTY[: 2 * BLOCK], 1])
+        await two.reader.worker.run(release(lease_id))
+        fetching = asyncio.create_task(two.fetch([*FORTY, 1]))
+        await asyncio.sleep(after_s)
+        two.source.process.signal(number)
+        started = time.monotonic()
+        # Checks that what is said to be there is right.
+        lease_id, _ = await fetching
+        assert time.monotonic() - started < 12
+        await two.reader.worker.run(release(lease_id))
+        figures = await until(two.reader.address, lambda reply: not reply.leases and not reply.transfers_in_flight)
+        assert figures.free_slots + figures.cached_slots == PAIR_SLOTS
+
+
+@needs_nixl
+@pytest.mark.parametrize("after_s", [0.0, 0.002, 0.01])
+async def test_a_reader_that_is_killed_in_the_middle_does_not_disturb_the_source(
+    tmp_path: Path, after_s: float
+) -> None:
+    async with pair(tmp_path, "--planes", "nixl,grpc") as two:
+        await two.source.compute(FORTY)
+        lease_id, _ = await two.fetch([*FORTY[: 2 * BLOCK], 1])
+        await two.reader.worker.run(release(lease_id))
+        fetching = asyncio.create_task(two.fetch([*FORTY, 1]))
+        await asyncio.sleep(after_s)
+        two.reader.process.signal(signal.SIGKILL)
+        await asyncio.gather(fetching, return_exceptions=True)
+        figures = await until(two.source.address, lambda reply: not reply.leases)
+        assert figures.free_slots + figures.cached_slots == PAIR_SLOTS
+        # UCX notices a dead peer after a while.
+        await asyncio.sleep(2.0)
+        assert (await two.source.stats()).cached_slots == figures.cached_slots

@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 MODULES = ("nixl_cu12", "nixl_cu13", "nixl")
 LOOK_S = 1e-4
 MEMORY = "DRAM"
-WRITE, READ = "WRITE", "READ"
 DONE, MOVING = "DONE", "PROC"
 
 
@@ -103,12 +102,12 @@ class Agent:
         self._nixl.release_dlist_handle(self._theirs.pop(remote.name))
         self._nixl.remove_remote_agent(remote.name)
 
-    def begin(self, operation: str, mine: Sequence[int], remote: Remote, theirs: Sequence[int], told: bytes) -> int:
-        """Start a transfer between own slots and the remote's; `told` (if any) reaches the remote when it is done."""
+    def write(self, mine: Sequence[int], remote: Remote, theirs: Sequence[int]) -> int:
+        """Start to write own slots into the remote's; the transfer's number."""
         local = [_index(slot, self.slots) for slot in mine]
         there = [_index(slot, remote.slots) for slot in theirs]
         prepared = self._theirs[remote.name]
-        transfer = self._nixl.make_prepped_xfer(operation, self._mine, local, prepared, there, told)
+        transfer = self._nixl.make_prepped_xfer("WRITE", self._mine, local, prepared, there, b"")
         number = next(self._numbers)
         self._transfers[number] = transfer
         self._nixl.transfer(transfer)
@@ -122,9 +121,9 @@ class Agent:
     def end(self, transfer: int) -> None:
         self._nixl.release_xfer_handle(self._transfers.pop(transfer))
 
-    def progress(self) -> list[tuple[str, bytes]]:
-        """Let other agents' transfers go on; (agent, what it told) of those that are done."""
-        return [(name, told) for name, all_told in self._nixl.get_new_notifs().items() for told in all_told]
+    def progress(self) -> None:
+        """Let other agents' transfers go on."""
+        self._nixl.get_new_notifs()
 
     def destroy(self) -> bool:
         """True: nobody can reach the registered memory any more, neither over TCP nor by RDMA."""
@@ -185,7 +184,7 @@ class AgentThread:
     def _work(self, agent: Agent) -> None:
         expecting = False
         while True:
-            job: Callable[[Agent], None] | None = _nothing
+            job: Callable[[Agent], None] | None = nothing
             with contextlib.suppress(queue.Empty):
                 job = self._jobs.get(timeout=LOOK_S if expecting else None)
             if job is None:
@@ -194,7 +193,7 @@ class AgentThread:
             expecting = self._turn(agent)
 
 
-def _nothing(agent: Agent) -> None:
+def nothing(agent: Agent) -> None:
     """The job of a turn without one."""
 
 

@@ -1,14 +1,14 @@
 """The reading side of the NIXL plane: an agent of its own for each peer, whose slab the peer's agent writes to.
 
-The peer writes (mode "write", twice as fast over TCP) or this side reads (mode "read"). Requests go over the Connect
-stream, most urgent first, AHEAD of them at a time.
+The peer writes. (Reading is half as fast over TCP, and there a reader that dies in the middle takes the peer's process
+with it: UCX 1.20 aborts on the answer that it cannot give.) Requests go over the Connect stream, most urgent first,
+AHEAD of them at a time.
 
 When may a slot be given out again? The peer's NIC, or bytes in a socket, could write to it long after the peer is gone.
 So `read` returns a block, or returns after it was cancelled, only when one of these is true:
 
 - The peer never heard of the block.
-- The peer has answered that the block's transfer is DONE (and in mode "read" the own agent says so, too). The answer
-  to a transfer that failed does not count.
+- The peer has answered that the block's transfer is DONE. The answer to a transfer that failed does not count.
 - The own agent, the only one through which this peer can reach the slab, has been destroyed: its endpoints are closed
   and its memory registrations void. Taking back the registration alone does not do: over TCP, bytes still arrive.
 
@@ -28,19 +28,16 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from headway.v1 import transfer_pb2 as pb
 from services.kvstore.memory import SlabMemory
 from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, request_blocks, verdict
-from services.kvstore.planes.nixl_agent import DONE, MOVING, READ, Agent, AgentThread, Remote
+from services.kvstore.planes.nixl_agent import Agent, AgentThread, nothing
 
 log = logging.getLogger(__name__)
 
 # Requests on the way, so that the peer never waits for the next.
 AHEAD = 2
-# For both agents to register their slabs: RDMA pins each page.
-OPEN_S = 10.0
 
 
 @dataclass(slots=True)
@@ -50,9 +47,7 @@ class _Job:
     moves: Sequence[Move]
     done: asyncio.Future[list[Copied]]
     checksum: bool
-    moved: pb.NixlMoved | None = None
-    # Of a transfer that was begun here.
-    landed: bool = True
+    answered: bool = False
 
 
 class NixlPlane:
@@ -66,14 +61,11 @@ class NixlPlane:
         checksums: Checksums,
         timeout_s: float,
         send: Callable[[pb.ConnectRequest], None],
-        *,
-        write: bool = True,
     ) -> None:
         self._memory = memory
         self._checksums = checksums
         self._timeout_s = timeout_s
         self._send = send
-        self._write = write
         self._loop = asyncio.get_running_loop()
         self._batch = request_blocks(memory.slot_bytes)
         self._numbers = itertools.count(1)
@@ -84,16 +76,14 @@ class NixlPlane:
         self._thread: AgentThread | None = None
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._watchdog = self._loop.call_later(timeout_s, self._watch)
-        # Of the agent's thread: the peer, and transfers begun here by request_id.
-        self._remote: Remote | None = None
-        self._reading: dict[int, int] = {}
 
     async def open(self, name: str) -> None:
         """`name` is this node's. Raises PlaneError; then the plane is closed."""
         self._thread = AgentThread(name, self._memory, self._turn, lambda reason: self._on_loop(self._over, reason))
         self._thread.submit(lambda agent: self._on_loop(self._introduce, agent.card))
         try:
-            async with asyncio.timeout(OPEN_S):
+            # Both agents register their slabs meanwhile; RDMA pins each page.
+            async with asyncio.timeout(self._timeout_s):
                 await self._opened
         except TimeoutError:
             self._break("the peer's agent did not answer in time")
@@ -103,7 +93,7 @@ class NixlPlane:
             raise
 
     def _introduce(self, card: pb.NixlCard) -> None:
-        self._send(pb.ConnectRequest(open_nixl=pb.OpenNixl(card=card, write=self._write)))
+        self._send(pb.ConnectRequest(open_nixl=pb.OpenNixl(card=card)))
 
     def heard(self, response: pb.ConnectResponse) -> None:
         """One of the messages of this plane."""
@@ -111,9 +101,8 @@ class NixlPlane:
             self._moved(response.nixl_moved)
         elif response.nixl_opened.error:
             self._break(f"the peer's agent: {response.nixl_opened.error}")
-        elif self._thread is not None and not self._closed:
-            card = response.nixl_opened.card
-            self._thread.submit(lambda agent: self._meet(agent, card))
+        elif not self._opened.done():
+            self._opened.set_result(None)
 
     # ------------------------------------------------------------------ reading
 
@@ -145,7 +134,6 @@ class NixlPlane:
             if not self._on_the_way:
                 self._heard_s = time.monotonic()
             self._on_the_way[number] = job
-            job.landed = self._write
             move = pb.MoveNixl(
                 request_id=number,
                 slots=[move.source for move in job.moves],
@@ -155,42 +143,32 @@ class NixlPlane:
             )
             self._send(pb.ConnectRequest(move_nixl=move))
             assert self._thread is not None
-            self._thread.submit(partial(self._begin, number, job))
+            self._thread.submit(nothing)
 
     def _moved(self, moved: pb.NixlMoved) -> None:
         job = self._on_the_way.get(moved.request_id)
-        if job is None or job.moved is not None:
+        if job is None or job.answered:
             return
         self._heard_s = time.monotonic()
         if moved.error or len(moved.current) != len(job.moves):
             self._break(f"a transfer failed: {moved.error or 'the answer does not fit'}")
             return
-        job.moved = moved
-        self._settle(moved.request_id, job)
-
-    def _landed(self, number: int) -> None:
-        if job := self._on_the_way.get(number):
-            job.landed = True
-            self._settle(number, job)
-
-    def _settle(self, number: int, job: _Job) -> None:
-        """Once both sides are done with the bytes, judge them."""
-        if job.moved is None or not job.landed or self._closed:
+        number, job.answered = moved.request_id, True
+        if self._closed:
             return
         if job.checksum:
             assert self._thread is not None
-            self._thread.submit(lambda agent: self._on_loop(self._tell, number, self._verdicts(job)))
+            self._thread.submit(lambda agent: self._on_loop(self._tell, number, self._verdicts(job, moved)))
         else:
-            self._tell(number, self._verdicts(job))
+            self._tell(number, self._verdicts(job, moved))
 
-    def _verdicts(self, job: _Job) -> list[Copied]:
-        assert job.moved is not None
-        sums: Sequence[int | None] = job.moved.checksums if job.checksum else [None] * len(job.moves)
+    def _verdicts(self, job: _Job, moved: pb.NixlMoved) -> list[Copied]:
+        sums: Sequence[int | None] = moved.checksums if job.checksum else [None] * len(job.moves)
         if len(sums) != len(job.moves):
             return [Copied.CORRUPT] * len(job.moves)
         return [
             verdict(self._memory.view(move.slot), current=current, checksum=checksum)
-            for move, current, checksum in zip(job.moves, job.moved.current, sums, strict=True)
+            for move, current, checksum in zip(job.moves, moved.current, sums, strict=True)
         ]
 
     def _tell(self, number: int, result: list[Copied]) -> None:
@@ -245,37 +223,11 @@ class NixlPlane:
 
     # ------------------------------------------------------------------ in the agent's thread
 
-    def _meet(self, agent: Agent, card: pb.NixlCard) -> None:
-        if not self._write:
-            self._remote = agent.meet(card)
-        self._on_loop(self._ready)
-
-    def _ready(self) -> None:
-        if not self._opened.done():
-            self._opened.set_result(None)
-
-    def _begin(self, number: int, job: _Job, agent: Agent) -> None:
-        if self._write:
-            return
-        assert self._remote is not None
-        mine, theirs = [move.slot for move in job.moves], [move.source for move in job.moves]
-        self._reading[number] = agent.begin(READ, mine, self._remote, theirs, str(number).encode())
-
     def _turn(self, agent: Agent) -> bool:
-        """Let the peer's transfers go on, see to the own ones; whether anything is on its way."""
+        """Let the peer's transfers go on; whether any is on its way."""
         if not self._on_the_way:
             return False
-        if self._write:
-            agent.progress()
-        for number, transfer in list(self._reading.items()):
-            state = agent.state(transfer)
-            if state == MOVING:
-                continue
-            if state != DONE:
-                raise RuntimeError("a transfer failed")
-            agent.end(transfer)
-            del self._reading[number]
-            self._on_loop(self._landed, number)
+        agent.progress()
         return True
 
     def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""The source side of the NIXL plane: one agent for all readers. It writes their slots, or lets them read its own.
+"""The source side of the NIXL plane: one agent for all readers. It writes into their slots.
 
 Whatever a reader asks for is answered only when its bytes have moved (DONE), and only then is it looked up whether the
 slots still were what the reader took them for. A reader has a bounded number of requests on the way, most urgent first,
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from headway.v1 import transfer_pb2 as pb
 from services.kvstore.memory import SlabMemory
-from services.kvstore.planes.nixl_agent import DONE, MOVING, WRITE, Agent, AgentThread, NixlError, Remote, sentence
+from services.kvstore.planes.nixl_agent import DONE, MOVING, Agent, AgentThread, NixlError, Remote, sentence
 
 if TYPE_CHECKING:
     from services.kvstore.readers import Reader
@@ -23,16 +23,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLOSE_S = 2.0
-# More than a reader has on the way.
-EARLY = 64
 
 
 @dataclass(slots=True)
 class _Moving:
-    """A request; `transfer` is None where the reader reads."""
+    """A request on its way."""
 
     wanted: pb.MoveNixl
-    transfer: int | None
+    transfer: int
     checksums: list[int]
 
 
@@ -41,10 +39,7 @@ class _Link:
     """A reader's agent, and what is on its way there by request_id."""
 
     remote: Remote
-    write: bool
     moving: dict[int, _Moving] = field(default_factory=dict)
-    # Read by the reader before its request got here.
-    early: set[int] = field(default_factory=set)
 
 
 class NixlSource:
@@ -91,7 +86,7 @@ class NixlSource:
         self._part(agent, reader)
         opened = pb.NixlOpened()
         try:
-            self._links[reader] = _Link(agent.meet(wanted.card), wanted.write)
+            self._links[reader] = _Link(agent.meet(wanted.card))
             opened.card.CopyFrom(agent.card)
         except Exception as error:
             opened.error = sentence(error)
@@ -103,20 +98,13 @@ class NixlSource:
             if link is None:
                 raise NixlError("there is no agent of this reader")
             self._check(wanted, link)
-            transfer = None
-            if link.write:
-                transfer = agent.begin(WRITE, wanted.slots, link.remote, wanted.targets, b"")
+            transfer = agent.write(wanted.slots, link.remote, wanted.targets)
         except Exception as error:
             self._answer(reader, pb.NixlMoved(request_id=wanted.request_id, error=sentence(error)))
             return
         # While the bytes are on their way.
         checksums = [self._memory.checksum(slot) for slot in wanted.slots] if wanted.checksum else []
-        moving = _Moving(wanted, transfer, checksums)
-        if wanted.request_id in link.early:
-            link.early.discard(wanted.request_id)
-            self._moved(reader, moving, "")
-        else:
-            link.moving[wanted.request_id] = moving
+        link.moving[wanted.request_id] = _Moving(wanted, transfer, checksums)
 
     def _check(self, wanted: pb.MoveNixl, link: _Link) -> None:
         """Raises NixlError on slots that are none."""
@@ -126,36 +114,15 @@ class NixlSource:
 
     def _turn(self, agent: Agent) -> bool:
         """See what is done; whether anything is still on its way."""
-        self._look(agent)
-        if any(link.moving and not link.write for link in self._links.values()):
-            self._listen(agent)
-        return any(link.moving for link in self._links.values())
-
-    def _look(self, agent: Agent) -> None:
-        """At the transfers begun here."""
         for reader, link in self._links.items():
             for number, moving in list(link.moving.items()):
-                if moving.transfer is None:
-                    continue
                 state, error = _state(agent, moving.transfer)
                 if state != MOVING:
                     del link.moving[number]
                     self._moved(reader, moving, error if state != DONE else "")
                     with contextlib.suppress(Exception):
                         agent.end(moving.transfer)
-
-    def _listen(self, agent: Agent) -> None:
-        """To readers that have read."""
-        readers = {link.remote.name: reader for reader, link in self._links.items()}
-        for name, told in agent.progress():
-            reader = readers.get(name)
-            if reader is None or not told.isdigit():
-                continue
-            link = self._links[reader]
-            if moving := link.moving.pop(int(told), None):
-                self._moved(reader, moving, "")
-            elif len(link.early) < EARLY:
-                link.early.add(int(told))
+        return any(link.moving for link in self._links.values())
 
     def _moved(self, reader: Reader, moving: _Moving, error: str) -> None:
         wanted = moving.wanted
@@ -180,9 +147,8 @@ class NixlSource:
         if link is None:
             return
         for moving in link.moving.values():
-            if moving.transfer is not None:
-                with contextlib.suppress(Exception):
-                    agent.end(moving.transfer)
+            with contextlib.suppress(Exception):
+                agent.end(moving.transfer)
         try:
             agent.part(link.remote)
         except Exception as error:
