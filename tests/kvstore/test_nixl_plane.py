@@ -32,7 +32,7 @@ from services.kvstore.planes.nixl_source import NixlSource
 from tests.kvstore.pulling import BLOCK, pair
 from tests.kvstore.pulling import SLOT_BYTES as BLOCK_BYTES
 from tests.kvstore.pulling import SLOTS as PAIR_SLOTS
-from tests.kvstore.rig import release, until
+from tests.kvstore.rig import release, rust_built, until
 
 # UCX reads its settings when NIXL is first imported, by the kvstores of these tests too.
 os.environ.setdefault("UCX_TLS", "tcp")
@@ -325,6 +325,7 @@ async def test_two_kvstores_move_a_prefix(tmp_path: Path) -> None:
         assert (pulled.cached_tokens, pulled.bytes) == (len(FORTY), 40 * BLOCK_BYTES)
         (peer,) = (await two.reader.stats()).peers
         assert (peer.plane, peer.blocks, peer.fallbacks) == ("nixl", 40, 0)
+        assert rust_built(two.source.process.pid) == rust_built(two.reader.process.pid) == []
         await two.reader.worker.run(release(lease_id))
         figures = await until(two.reader.address, lambda reply: not reply.leases)
         assert figures.free_slots + figures.cached_slots == PAIR_SLOTS
