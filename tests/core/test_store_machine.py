@@ -13,6 +13,7 @@ from headway.core.instructions import Offer, Reclaim, Reply, StartPull, StopPull
 from headway.core.keys import block_keys
 from headway.core.leases import PULL, Added, Changed, Granted, Result, Source
 from headway.core.records import ForgetfulRecords
+from headway.core.restore import restore
 from headway.core.store import Store
 
 BLOCK = 4
@@ -42,7 +43,9 @@ class Held:
 class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.store = Store(ForgetfulRecords(SLOTS), BLOCK, handoff_hold_s=5.0)
+        # They outlive the store.
+        self.records = ForgetfulRecords(SLOTS)
+        self.store = Store(self.records, BLOCK, handoff_hold_s=5.0)
         self.store.readers.add(READER)
         # Prompts of leases that blocks are being fetched for: until that ends, nobody else touches their slots.
         self.pulling: dict[int, list[int]] = {}
@@ -315,6 +318,24 @@ class StoreMachine(RuleBasedStateMachine):
         del self.ghosts[session]
         self.store.resolve(session)
         self.listen()
+
+    @rule(dead=st.sets(st.sampled_from(SESSIONS)))
+    def crash(self, dead: set[str]) -> None:
+        """The store dies and starts again from its records; some of its workers died, too, others may still write."""
+        alive = [session for session in SESSIONS if session not in dead]
+        writing = {session: set(self.ghosts.get(session, ())) for session in alive}
+        for held in self.usable.values():
+            if held.session in writing:
+                writing[held.session] |= held.writable()
+        sealed = {block.key: block.slot for block in self.store.cache}
+        self.ghosts = writing
+        self.held, self.asked, self.extending, self.joined = {}, {}, {}, {}
+        self.pulling, self.read = {}, set()
+        self.store = restore(self.records, BLOCK, 5.0, alive)
+        self.store.readers.add(READER)
+        assert {block.key: block.slot for block in self.store.cache} == sealed
+        # Whoever watches gets a snapshot of the new epoch.
+        self.known, self.seen = set(self.store.snapshot()), self.store.events.last
 
     @rule(seconds=st.sampled_from([1.0, 6.0]))
     def time_passes(self, seconds: float) -> None:
