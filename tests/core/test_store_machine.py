@@ -151,11 +151,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.take(session, self.last, result)
         self.listen()
 
-    @rule(data=st.data(), keep=st.booleans())
-    def tier(self, data: st.DataObject, keep: bool) -> None:
+    @rule(data=st.data(), keep=st.booleans(), here=st.booleans())
+    def tier(self, data: st.DataObject, keep: bool, here: bool) -> None:
         """A tier below the slab has taken blocks, whether they are still in the slab or not; or gave some up."""
+        cached = sorted(block.key for block in self.store.cache)
         anything = sorted({key for prompt in PROMPTS for key in block_keys(b"n", prompt, BLOCK)})
-        keys = data.draw(st.lists(st.sampled_from(anything), unique=True, max_size=5))
+        keys = data.draw(st.lists(st.sampled_from(cached if here and cached else anything), unique=True, max_size=5))
         self.store.below_changed(keys if keep else [], [] if keep else keys)
 
     @precondition(lambda self: self.usable)
