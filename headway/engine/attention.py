@@ -55,6 +55,8 @@ def paged_attention(
         else:
             k, v = (part.transpose(0, 1) for part in pages.gather(layer, span.blocks, span.length))
         out[0, rows] = _attend(query[0, :, rows], k, v, span, scaling).transpose(0, 1)
+    for batch in headway_plan.batches:
+        out[0].index_copy_(0, batch.rows, batch.attend(pages, layer, query[0], scaling))
     return out, None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -58,19 +58,35 @@ class Drawn:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+class SlabArray(Protocol):
+    """An array of any library that is exported by DLPack without a copy: numpy.ndarray, cupy.ndarray, torch.Tensor."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+
+class DeviceLost(Exception):
+    """The device does not work any more, for no sequence: this process has to end. One sentence."""
+
+
 class Engine(Protocol):
     """Safe to call from one thread at a time.
 
-    After forward() returns, K and V of all chunks are in the slab, also for other processes.
+    After forward() returns, K and V of all chunks are in the slab, also for other processes: where the slab lies on a
+    device, the host has waited for it. So blocks are sealed and slots released without an event between processes.
     """
 
     card: ModelCard
 
-    def bind(self, slab: npt.NDArray[np.uint8]) -> None:
-        """Use this slab from now on: uint8 [slots, slot_stride], writable, of card.kv_format."""
+    def bind(self, slab: SlabArray) -> None:
+        """Use this slab from now on: uint8 [slots, slot_stride], writable, of card.kv_format, on the model's device."""
 
     def unbind(self) -> None:
         """Let go of the slab (its owner is gone)."""
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
-        """Compute all chunks in one pass, write their K and V, and draw where asked; one entry a chunk, in order."""
+        """Compute all chunks in one pass, write their K and V, and draw where asked; one entry a chunk, in order.
+
+        Raises DeviceLost when no later forward can succeed either; then nothing more may be launched.
+        """

@@ -24,11 +24,13 @@ __all__ = ["ModelError", "load_engine", "read_model_config"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_engine(path: str, *, dtype: str = "float32", block_size: int = 16, threads: int | None = None) -> Engine:
-    """The engine of the model folder `path`, ready for bind().
+def load_engine(
+    path: str, *, dtype: str = "float32", block_size: int = 16, threads: int | None = None, device: str = "cpu"
+) -> Engine:
+    """The engine of the model folder `path`, with its weights on `device` ("cpu", "cuda:0"), ready for bind().
 
-    threads: of torch, in this whole process; None leaves them. Raises ModelError where the folder is broken or the
-    model cannot be served exactly, ValueError on a bad dtype or block size.
+    threads: of torch, in this whole process; None leaves them. Raises ModelError where the folder is broken, the model
+    cannot be served exactly, or the device has no room for it, ValueError on a bad dtype or block size.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(DTYPES)}")
@@ -40,7 +42,7 @@ def load_engine(path: str, *, dtype: str = "float32", block_size: int = 16, thre
     config = read_model_config(folder)
     check_folder(folder)
     AttentionInterface.register(NAME, paged_attention)
-    model = _load_weights(folder, config, dtype)
+    model = _moved(_load_weights(folder, config, dtype), device)
     engine = TransformersEngine(model, _card(folder, config, dtype, block_size))
     prove(model, engine)
     return engine
@@ -91,23 +93,36 @@ def _load_weights(folder: Path, config: Any, dtype: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _moved(model: Any, device: str) -> Any:
+    """The model with its weights on the device."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ModelError(f"the weights cannot be put on {device}: {_first(error)}") from None
+
+
 def _card(folder: Path, config: Any, dtype: str, block_size: int) -> ModelCard:
     context = getattr(config, "max_position_embeddings", None)
     if not context:
         raise ModelError(f"the config of type {config.model_type} in {folder} does not say how long the context is")
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    group = LayerGroup(layers, kv_heads, dim, layers * 2 * kv_heads * dim * DTYPE_BYTES[dtype])
     return ModelCard(
         name=folder.name,
         fingerprint=fingerprint(folder),
         context_tokens=context,
         vocab_size=config.vocab_size,
         eos_token_ids=_eos(folder, config),
-        kv_format=KvFormat(block_size, dtype, ORDER, (group,)),
+        kv_format=kv_format_of(config, dtype, block_size),
         tokenizer_path=str(folder),
     )
+
+
+def kv_format_of(config: Any, dtype: str, block_size: int) -> KvFormat:
+    """How K and V of a model with this (transformers) config lie in a slot."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    group = LayerGroup(layers, kv_heads, dim, layers * 2 * kv_heads * dim * DTYPE_BYTES[dtype])
+    return KvFormat(block_size, dtype, ORDER, (group,))
 
 
 def _eos(folder: Path, config: Any) -> tuple[int, ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from headway.core.model import ModelCard
-from headway.engine.contract import Chunk, Drawn
+from headway.engine.batched import moved, plan_batched
+from headway.engine.contract import Chunk, DeviceLost, Drawn, SlabArray
 from headway.engine.errors import ModelError
 from headway.engine.pages import Pages, plan_forward
 from headway.engine.sampling import draw_rows
@@ -23,11 +24,13 @@ class TransformersEngine:
         self.card = card
         self._model = model
         self._dtype: torch.dtype = getattr(torch, card.kv_format.dtype)
+        self.device: torch.device = next(model.parameters()).device
+        self._plan = plan_forward if self.device.type == "cpu" else plan_batched
         self._pages: Pages | None = None
 
-    def bind(self, slab: npt.NDArray[np.uint8]) -> None:
+    def bind(self, slab: SlabArray) -> None:
         """Use this slab from now on. Raises ValueError where it cannot hold card.kv_format."""
-        self._pages = Pages(slab, self.card.kv_format)
+        self._pages = Pages(slab, self.card.kv_format, self.device)
 
     def unbind(self) -> None:
         """Drop every view of the slab, so that it can be unmapped."""
@@ -36,8 +39,16 @@ class TransformersEngine:
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
         """See the contract. Raises ValueError, before anything is written, where a chunk cannot be computed."""
         draws = [chunk.draw for chunk in chunks if chunk.draw is not None]
-        logits = self.logits(chunks)
-        drawn = iter(draw_rows(logits, draws))
+        try:
+            logits = self.logits(chunks)
+            drawn = iter(draw_rows(logits, draws))
+            if self.device.type != "cpu":
+                # No event crosses processes: whoever hears of these blocks may read them at once.
+                torch.cuda.current_stream(self.device).synchronize()
+        except RuntimeError as error:
+            if self.device.type != "cpu":
+                _check_works(self.device, error)
+            raise
         return [None if chunk.draw is None else next(drawn) for chunk in chunks]
 
     @torch.inference_mode()
@@ -46,15 +57,20 @@ class TransformersEngine:
         if self._pages is None:
             raise ModelError("the engine has no slab; bind one first")
         self._check(chunks)
-        plan = plan_forward(self._pages, chunks, self._dtype)
+        plan = self._plan(self._pages, chunks, self._dtype)
         ids = np.concatenate([np.asarray(chunk.tokens, np.int64) for chunk in chunks])
         positions = np.concatenate([np.arange(c.position, c.position + len(c.tokens)) for c in chunks])
-        last = [span.stop - 1 for span, chunk in zip(plan.spans, chunks, strict=True) if chunk.draw is not None]
+        ends = accumulate(len(chunk.tokens) for chunk in chunks)
+        last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.draw is not None]
+        inputs = [torch.from_numpy(ids), torch.from_numpy(positions), torch.tensor(last, dtype=torch.int64)]
+        if self.device.type != "cpu":
+            inputs = moved([*inputs, *plan.vectors], self.device)
+            plan = plan.with_vectors(inputs[3:])
         output = self._model(
-            input_ids=torch.from_numpy(ids)[None],
-            position_ids=torch.from_numpy(positions)[None],
+            input_ids=inputs[0][None],
+            position_ids=inputs[1][None],
             use_cache=False,
-            logits_to_keep=torch.tensor(last, dtype=torch.int64),
+            logits_to_keep=inputs[2],
             headway_plan=plan,
         )
         rows: torch.Tensor = output.logits[0].float()
@@ -68,3 +84,11 @@ class TransformersEngine:
                 raise ValueError(f"token ids must be 0 to {self.card.vocab_size - 1}, at least one a chunk")
             if chunk.position + len(chunk.tokens) > self.card.context_tokens:
                 raise ValueError(f"a sequence cannot be longer than the context of {self.card.context_tokens} tokens")
+
+
+def _check_works(device: torch.device, error: Exception) -> None:
+    """Raises DeviceLost where `error` was no refusal (of memory, say) but left the device of no use to this process."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        raise DeviceLost(f"{device} does not work any more: {str(error).splitlines()[0]}") from error

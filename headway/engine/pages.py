@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from headway.core.model import KvFormat
-from headway.engine.contract import Chunk
+from headway.engine.contract import Chunk, SlabArray
+
+if TYPE_CHECKING:
+    from headway.engine.batched import Batch
 
 # Token-major inside a block: a gathered sequence is [token, head, dim] as it stands, so that attention reads it
 # without a transposition: a third less time than head-major on one thread, 13 to 18 % on two (batch 1 to 16).
@@ -23,23 +26,28 @@ class Pages:
     layers[i] is (K, V) of layer i, each a view [slots, block_size, kv_heads, head_dim] in the format's dtype.
     """
 
-    def __init__(self, slab: npt.NDArray[np.uint8], kv_format: KvFormat) -> None:
-        """`slab` is uint8 [slots, slot_stride], writable. Raises ValueError where it cannot be of this format."""
+    def __init__(self, slab: SlabArray, kv_format: KvFormat, device: torch.device) -> None:
+        """`slab` is uint8 [slots, slot_stride], writable, on `device`. Raises ValueError where it is not."""
         group = kv_format.groups[0]
         dtype: torch.dtype = getattr(torch, kv_format.dtype)
-        if slab.dtype != np.uint8 or slab.ndim != 2 or not slab.flags.writeable:
+        # torch takes a read-only NumPy array as if it could be written to.
+        writable = slab.flags.writeable if isinstance(slab, np.ndarray) else True
+        bytes_: torch.Tensor = torch.utils.dlpack.from_dlpack(slab)
+        if bytes_.dtype != torch.uint8 or bytes_.ndim != 2 or not writable:
             raise ValueError("a slab is a writable uint8 array [slots, slot_stride]")
-        if slab.shape[1] < kv_format.slot_bytes or slab.shape[1] % dtype.itemsize:
-            raise ValueError(f"the slab has {slab.shape[1]} bytes a slot, the KV format needs {kv_format.slot_bytes}")
-        self.slots: int = slab.shape[0]
+        if bytes_.device != device:
+            raise ValueError(f"the slab lies on {bytes_.device}, the model on {device}")
+        if bytes_.shape[1] < kv_format.slot_bytes or bytes_.shape[1] % dtype.itemsize:
+            raise ValueError(f"the slab has {bytes_.shape[1]} bytes a slot, the KV format needs {kv_format.slot_bytes}")
+        self.device = device
+        self.slots: int = bytes_.shape[0]
         self.block_size = kv_format.block_size
         self.heads = group.kv_heads
         self.dim = group.head_dim
-        inside = torch.from_numpy(slab)[:, : kv_format.slot_bytes].view(dtype)
+        inside = bytes_[:, : kv_format.slot_bytes].view(dtype)
         view = inside.view(self.slots, group.layers, 2, self.block_size, self.heads, self.dim)
         self.layers = [(view[:, layer, 0], view[:, layer, 1]) for layer in range(group.layers)]
-        self._gathered = (torch.empty(0), torch.empty(0))
-        self._dtype = dtype
+        self._gathered = (inside.new_empty(0), inside.new_empty(0))
 
     def gather(self, layer: int, blocks: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of tokens [0, tokens), each [tokens, kv_heads, head_dim], valid until the next call.
@@ -49,7 +57,7 @@ class Pages:
         count = len(blocks)
         if count > self._gathered[0].shape[0]:
             shape = (max(count, 2 * self._gathered[0].shape[0]), self.block_size, self.heads, self.dim)
-            self._gathered = (torch.empty(shape, dtype=self._dtype), torch.empty(shape, dtype=self._dtype))
+            self._gathered = (self._gathered[0].new_empty(shape), self._gathered[0].new_empty(shape))
         result = []
         for source, target in zip(self.layers[layer], self._gathered, strict=True):
             torch.index_select(source, 0, blocks, out=target[:count])
@@ -93,13 +101,32 @@ class Piece(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One forward. steps: (rows, slots, offsets), int64 each, of the chunks of one token."""
+    """One forward.
+
+    runs, pieces: where rows of longer chunks go. steps: (rows, slots, offsets), int64 each, of all other rows.
+    batches: sequences that attend together; every other chunk is a span.
+    """
 
     pages: Pages
     spans: list[Span]
     runs: list[Run]
     pieces: list[Piece]
     steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    batches: Sequence[Batch] = ()
+
+    @property
+    def vectors(self) -> list[torch.Tensor]:
+        """All int64 tensors of the plan, for `with_vectors`."""
+        of_batches = [vector for batch in self.batches for vector in batch]
+        return [*self.steps, *of_batches, *(span.blocks for span in self.spans)]
+
+    def with_vectors(self, vectors: Sequence[torch.Tensor]) -> Plan:
+        """The same with these in their place, e.g. on a device."""
+        given = iter(vectors)
+        steps = (next(given), next(given), next(given))
+        batches = [type(batch)(next(given), next(given), next(given)) for batch in self.batches]
+        spans = [span._replace(blocks=next(given)) for span in self.spans]
+        return self._replace(steps=steps, batches=batches, spans=spans)
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write K and V of all rows, each [rows, kv_heads, head_dim], into the slab."""
@@ -127,19 +154,20 @@ def plan_forward(pages: Pages, chunks: Sequence[Chunk], dtype: torch.dtype) -> P
     row = 0
     for chunk in chunks:
         count, position = len(chunk.tokens), chunk.position
-        blocks = _blocks(pages, chunk)
+        blocks = checked_blocks(pages, chunk)
         if count == 1:
             steps.append((row, int(blocks[-1]), position % pages.block_size))
         else:
             _split(pages.block_size, row, position, count, blocks, runs, pieces)
-        mask = _mask(count, position, dtype) if count > 1 and position > 0 else None
+        mask = causal_mask(count, position, dtype, pages.device) if count > 1 and position > 0 else None
         spans.append(Span(row, row + count, position + count, torch.from_numpy(blocks), mask))
         row += count
     columns = torch.tensor(steps, dtype=torch.int64).view(-1, 3)
     return Plan(pages, spans, runs, pieces, (columns[:, 0], columns[:, 1], columns[:, 2]))
 
 
-def _blocks(pages: Pages, chunk: Chunk) -> npt.NDArray[np.int64]:
+def checked_blocks(pages: Pages, chunk: Chunk) -> npt.NDArray[np.int64]:
+    """The slots of the chunk's tokens and all before. Raises ValueError as `plan_forward`."""
     end = chunk.position + len(chunk.tokens)
     needed = -(-end // pages.block_size)
     if not chunk.tokens or chunk.position < 0:
@@ -152,9 +180,9 @@ def _blocks(pages: Pages, chunk: Chunk) -> npt.NDArray[np.int64]:
     return blocks
 
 
-def _mask(count: int, position: int, dtype: torch.dtype) -> torch.Tensor:
+def causal_mask(count: int, position: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Row r sees tokens [0, position + r]."""
-    mask = torch.full((count, position + count), -torch.inf, dtype=dtype)
+    mask = torch.full((count, position + count), -torch.inf, dtype=dtype, device=device)
     return torch.triu(mask, diagonal=position + 1)
 
 

@@ -52,7 +52,8 @@ def _stock(model: Any, ids: list[int]) -> torch.Tensor:
     with quiet():
         model.set_attn_implementation("eager")
         try:
-            logits: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            inputs = torch.tensor([ids], device=model.device)
+            logits: torch.Tensor = model(input_ids=inputs, use_cache=False).logits[0]
         finally:
             model.set_attn_implementation(NAME)
     return logits[[0, 1, len(ids) // 2 - 1, len(ids) - 1, len(ids) - 1]].float()
@@ -62,7 +63,7 @@ def _paged(engine: TransformersEngine, ids: list[int]) -> torch.Tensor:
     """The same rows over a slab of NaN: in chunks, two of them beside a second sequence, and at last in one piece."""
     kv_format = engine.card.kv_format
     blocks = -(-len(ids) // kv_format.block_size)
-    engine.bind(np.full((2 * blocks, kv_format.slot_bytes), 0xFF, np.uint8))
+    engine.bind(torch.full((2 * blocks, kv_format.slot_bytes), 0xFF, dtype=torch.uint8, device=engine.device))
     table = np.arange(2 * blocks, dtype=np.int32)[::-1]
     ours, theirs = table[:blocks], table[blocks:]
     draw = Draw(Sampling(), 0)

@@ -25,6 +25,7 @@ Ids = npt.NDArray[np.int64]
 def draw_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     """One token a row of `logits` (float32 [rows, vocabulary], the model's own; left unchanged).
 
+    Greedy tokens are found where the logits lie; all that is drawn otherwise, on the host, the same on every device.
     Raises FloatingPointError where a row holds NaN or +inf, ValueError where a bias names an unknown token.
     """
     if not draws:
@@ -33,6 +34,8 @@ def draw_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     if not bool(torch.isfinite(peaks).all()):
         raise FloatingPointError("the model's logits are not finite")
     chosen: list[int] = tokens.tolist()
+    if any(_needs_row(draw) for draw in draws):
+        logits = logits.cpu()
     touched = [row for row, draw in enumerate(draws) if _touches(draw.sampling)]
     if touched:
         adjusted = adjust(logits[touched], [draws[row] for row in touched])
@@ -115,6 +118,11 @@ def _drawn(logits: torch.Tensor, token: int, draw: Draw) -> Drawn:
     top = logprobs.topk(min(draw.top_logprobs, len(logprobs)))
     named = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return Drawn(token, float(logprobs[token]), tuple(named))
+
+
+def _needs_row(draw: Draw) -> bool:
+    """More than the likeliest token is asked of the row."""
+    return not draw.sampling.greedy or draw.top_logprobs is not None or _touches(draw.sampling)
 
 
 def _touches(sampling: Sampling) -> bool:

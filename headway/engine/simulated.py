@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headway.core.model import KvFormat, LayerGroup, ModelCard
-from headway.engine.contract import Chunk, Draw, Drawn
+from headway.engine.contract import Chunk, Draw, Drawn, SlabArray
 
 Words = npt.NDArray[np.uint64]
 
@@ -78,8 +78,8 @@ class SimulatedEngine:
         self._powers = _powers(_BASE, 4096)
         self._inverses = _powers(_INVERSE, 4096)
 
-    def bind(self, slab: npt.NDArray[np.uint8]) -> None:
-        self._slab = slab.view(np.uint64)[:, : self._block]
+    def bind(self, slab: SlabArray) -> None:
+        self._slab = np.from_dlpack(slab).view(np.uint64)[:, : self._block]
 
     def unbind(self) -> None:
         self._slab = np.zeros((0, self._block), np.uint64)

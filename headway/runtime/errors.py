@@ -9,7 +9,12 @@ from grpc_status import rpc_status
 
 
 class HeadwayError(Exception):
-    """One clear sentence with its gRPC status code; `retry_after_s` where trying again makes sense."""
+    """One clear sentence with its gRPC status code; `retry_after_s` where trying again makes sense.
+
+    exit_status: of a process that ends with it.
+    """
+
+    exit_status = 1
 
     def __init__(self, code: grpc.StatusCode, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)

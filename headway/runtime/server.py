@@ -95,15 +95,16 @@ def stop_event() -> asyncio.Event:
 
 
 def run_service(program: str, main: Callable[[], Awaitable[None]]) -> None:
-    """Run `main` on uvloop; a HeadwayError becomes one line on stderr and exit status 1."""
+    """Run `main` on uvloop; a HeadwayError becomes one line on stderr and its exit status."""
 
     async def guarded() -> int:
         status = 0
         try:
             await main()
         except* HeadwayError as group:
-            print(f"{program}: {group.exceptions[0]}", file=sys.stderr)
-            status = 1
+            error = group.exceptions[0]
+            print(f"{program}: {error}", file=sys.stderr)
+            status = error.exit_status if isinstance(error, HeadwayError) else 1
         return status
 
     sys.exit(uvloop.run(guarded()))

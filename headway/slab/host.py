@@ -79,16 +79,25 @@ def _check_room(size: int) -> None:
             f"the slab of {size} bytes does not fit: {SHM} has {free} bytes free; make slab_bytes smaller, "
             f"or mount a larger {SHM}"
         )
-    available = _available_memory()
+    available = available_memory()
     if size > available:
         raise SlabError(
             f"the slab of {size} bytes does not fit: {available} bytes of memory are available; make slab_bytes smaller"
         )
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that can be had without swapping, as the kernel estimates it."""
+    return _meminfo("MemAvailable")
+
+
+def total_memory() -> int:
+    """Bytes that the machine has."""
+    return _meminfo("MemTotal")
+
+
+def _meminfo(name: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise SlabError("/proc/meminfo does not say how much memory is available")
+    raise SlabError(f"/proc/meminfo does not say {name}")

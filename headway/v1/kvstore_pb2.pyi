@@ -522,6 +522,7 @@ class AttachWelcome(_message.Message):
     SLOT_BYTES_FIELD_NUMBER: _builtins.int
     SOCKET_PATH_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     epoch: _builtins.int
     """Changes whenever the kvstore starts; leases and slots of another epoch are void."""
@@ -530,8 +531,12 @@ class AttachWelcome(_message.Message):
     """Bytes from one slot to the next (page-aligned), and of those in use."""
     slot_bytes: _builtins.int
     socket_path: _builtins.str
-    """Unix socket that hands out the slab's descriptor against this one-time secret."""
+    """Unix socket that hands out the slab's descriptor (on a device, its IPC handle) against this one-time secret."""
     secret: _builtins.bytes
+    @_builtins.property
+    def device(self) -> Global___SlabDevice:
+        """Where the slab lies; unset: in host memory."""
+
     def __init__(
         self,
         *,
@@ -542,14 +547,49 @@ class AttachWelcome(_message.Message):
         slot_bytes: _builtins.int = ...,
         socket_path: _builtins.str = ...,
         secret: _builtins.bytes = ...,
+        device: Global___SlabDevice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "node_id", b"node_id", "secret", b"secret", "slot_bytes", b"slot_bytes", "slot_stride", b"slot_stride", "socket_path", b"socket_path", "total_slots", b"total_slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "node_id", b"node_id", "secret", b"secret", "slot_bytes", b"slot_bytes", "slot_stride", b"slot_stride", "socket_path", b"socket_path", "total_slots", b"total_slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachWelcome: _TypeAlias = AttachWelcome  # noqa: Y015
+
+@_typing.final
+class SlabDevice(_message.Message):
+    """A slab on a GPU is one allocation, whose handle the worker opens (CUDA IPC); slot 0 lies at its base."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    BUS_ID_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"cuda", or "numpy", which stands in for it in tests."""
+    index: _builtins.int
+    """As the kvstore counts; workers may count otherwise."""
+    bus_id: _builtins.str
+    """The same in every process of this host."""
+    bytes: _builtins.int
+    """Of the allocation."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        index: _builtins.int = ...,
+        bus_id: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bus_id", b"bus_id", "bytes", b"bytes", "index", b"index", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlabDevice: _TypeAlias = SlabDevice  # noqa: Y015
 
 @_typing.final
 class AttachReplies(_message.Message):

@@ -14,17 +14,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import grpc
-import numpy as np
-import numpy.typing as npt
 
 from headway.core.model import ModelCard
+from headway.engine.contract import SlabArray
 from headway.runtime.channels import open_channel
 from headway.runtime.convert import kv_format_to_proto
 from headway.runtime.errors import HeadwayError
-from headway.slab.descriptor import fetch_descriptor
-from headway.slab.host import map_descriptor
+from headway.slab.device import Device
 from headway.v1 import common_pb2, kvstore_pb2, kvstore_pb2_grpc
 from headway.worker import operations
+from headway.worker.mapping import Mapped, map_slab
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ RENEW_S = 0.5
 class Slab:
     """The mapped slab: `view` is uint8 [slots, slot_stride]."""
 
-    view: npt.NDArray[np.uint8]
+    view: SlabArray
     epoch: int
     node_id: str
     total_slots: int
@@ -51,8 +50,14 @@ class _Session:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class StoreLost(HeadwayError):
+    """The kvstore went, and with it the device memory that this worker had open: the process has to end."""
+
+    exit_status = os.EX_TEMPFAIL
+
+
 class Attachment:
-    """Keeps one worker attached to its kvstore, again and again.
+    """Keeps one worker attached to its kvstore, again and again; on a device, once.
 
     on_attached(slab): the slab is mapped, operations may be submitted.
     on_lost(): awaited before the next try; returns only when nothing writes to the slab any more.
@@ -66,6 +71,7 @@ class Attachment:
         address: str,
         worker_id: str,
         card: ModelCard,
+        device: Device | None = None,
         *,
         on_attached: Callable[[Slab], None],
         on_lost: Callable[[], Awaitable[None]],
@@ -82,12 +88,17 @@ class Attachment:
         )
         self._on_attached, self._on_lost = on_attached, on_lost
         self._on_reclaim, self._on_offer, self._on_pulled = on_reclaim, on_offer, on_pulled
+        self._device = device
+        self._mapped: Mapped | None = None
         self._session: _Session | None = None
+        self._was_attached = False
         self._last_id = 0
         self.slab: Slab | None = None
 
     async def run(self) -> None:
-        """Attach for ever. Raises HeadwayError when the store refuses this worker for good (KV format)."""
+        """Attach for ever. Raises HeadwayError when the store refuses this worker for good (KV format, device), and
+        StoreLost when it was attached on a device and is not any more.
+        """
         while True:
             try:
                 await self._attach_once()
@@ -97,6 +108,10 @@ class Attachment:
                 log.info("kvstore=%s event=detached code=%s", self._address, error.code().name)
             except OSError as error:
                 log.info("kvstore=%s event=detached error=%s", self._address, error)
+            if self._device is not None and self._was_attached:
+                log.error("kvstore=%s event=store_lost device=%s", self._address, self._device)
+                message = f"the kvstore went away, and the slab on {self._device} with it; start this worker again"
+                raise StoreLost(grpc.StatusCode.UNAVAILABLE, message)
             await asyncio.sleep(RECONNECT_S)
 
     def submit(self, operation: kvstore_pb2.AttachOperation, on_reply: OnReply | None = None) -> None:
@@ -129,6 +144,9 @@ class Attachment:
                     self._session = None
                     await self._on_lost()
                     self.slab = None
+                if self._mapped is not None:
+                    mapped, self._mapped = self._mapped, None
+                    mapped.close()
 
     async def _renew(self) -> None:
         """Say that this worker lives, as long as it does."""
@@ -145,13 +163,11 @@ class Attachment:
             yield kvstore_pb2.AttachRequest(operations=kvstore_pb2.AttachOperations(operations=operations))
 
     async def _welcomed(self, session: _Session, welcome: kvstore_pb2.AttachWelcome) -> None:
-        descriptor = await asyncio.to_thread(fetch_descriptor, welcome.socket_path, welcome.secret)
-        try:
-            # Populating a large slab takes longer than the event loop may stand still.
-            view = await asyncio.to_thread(map_descriptor, descriptor, welcome.total_slots, welcome.slot_stride)
-        finally:
-            os.close(descriptor)
-        self.slab = Slab(view, welcome.epoch, welcome.node_id, welcome.total_slots, welcome.total_slots)
+        # Populating a large slab takes longer than the event loop may stand still.
+        self._mapped = await asyncio.to_thread(map_slab, welcome, self._device)
+        view, slots = self._mapped.view, welcome.total_slots
+        self.slab = Slab(view, welcome.epoch, welcome.node_id, slots, slots)
+        self._was_attached = True
         self._session = session
         log.info("kvstore=%s event=attached slots=%d epoch=%d", self._address, welcome.total_slots, welcome.epoch)
         self._on_attached(self.slab)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from headway.core.step import StepLimits
 from headway.runtime.config import ConfigError, option
+from headway.slab.device import KINDS, valid_name
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class WorkerConfig:
     routers: tuple[str, ...] = option(("127.0.0.1:50051",), "host:port of every router, separated by commas")
     model: str = option("smollm2", "name of an added model, or a folder in Hugging Face format")
     engine: str = option("auto", "auto: transformers; sim: simulated engine", choices=("auto", "sim"))
+    device: str = option("cpu", f"where the model computes and the node's slab lies: {KINDS}")
+    dtype: str = option("auto", "of weights and KV; auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)
     threads: int = option(0, "compute threads; 0: all cores")
     max_batch: int = option(64, "sequences in one forward")
     chunk_tokens: int = option(8192, "prompt tokens in one forward, at most")
@@ -39,12 +44,27 @@ class WorkerConfig:
     sim_poison_token: int = option(-1, "token id that kills a simulated engine's process; -1: none")
 
     def __post_init__(self) -> None:
+        if not valid_name(self.device):
+            raise ConfigError(f"setting device is {self.device}; it must be {KINDS}")
+        if self.engine == "sim" and self.on_gpu:
+            raise ConfigError(f"setting device is {self.device}; the simulated engine computes on the CPU")
         for name in ("sim_prefill", "sim_step"):
             if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 0:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be three numbers of at least 0")
         for name in ("max_batch", "chunk_tokens", "growth_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def model_dtype(self) -> str:
+        """`dtype` with its default filled in."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.on_gpu else "float32"
 
     @property
     def limits(self) -> StepLimits:

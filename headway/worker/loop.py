@@ -18,7 +18,8 @@ from headway.core.leases import REMOTE
 from headway.core.sequence import Sequence
 from headway.core.step import StepLimits, Work, plan_step
 from headway.core.timing import StepTimes
-from headway.engine.contract import Chunk, Drawn, Engine
+from headway.engine.contract import Chunk, DeviceLost, Drawn, Engine
+from headway.runtime.errors import HeadwayError
 from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker.active import Active, Interrupt, Phase, Sink
 from headway.worker.attach import Slab
@@ -156,7 +157,7 @@ class EngineLoop:
     # ------------------------------------------------------------------ the loop
 
     async def run(self) -> None:
-        """Step while there is work; wait otherwise."""
+        """Step while there is work; wait otherwise. Raises HeadwayError when the device does not work any more."""
         loop = asyncio.get_running_loop()
         while True:
             work = self._plan() if self.slab is not None else []
@@ -170,6 +171,8 @@ class EngineLoop:
                 self._apply(work, results)
             finally:
                 self._between_steps.set()
+            if self.slab is not None:
+                _check_device(results)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -210,6 +213,8 @@ class EngineLoop:
         started = time.monotonic()
         try:
             results: list[Result] = list(self._engine.forward(chunks))
+        except DeviceLost as error:
+            return [error] * len(chunks)
         except Exception:
             log.exception("event=forward_failed sequences=%d", len(chunks))
             return [self._forward_alone(chunk) for chunk in chunks]
@@ -220,6 +225,8 @@ class EngineLoop:
         return results
 
     def _forward_alone(self, chunk: Chunk) -> Result:
+        if self.slab is None:
+            return DeviceLost("the kvstore of this node went away")
         try:
             return self._engine.forward([chunk])[0]
         except Exception as error:
@@ -234,6 +241,8 @@ class EngineLoop:
             sequence.computed = item.start + item.count
             if active.interrupt is not None:
                 self._interrupted(active)
+            elif isinstance(result, DeviceLost):
+                self._fail(active, failure(UNAVAILABLE, str(result), retryable=True))
             elif isinstance(result, Exception):
                 message = f"the engine failed on this sequence: {type(result).__name__}: {result}"
                 self._fail(active, failure(grpc.StatusCode.INTERNAL, message, retryable=False))
@@ -291,3 +300,9 @@ class EngineLoop:
         self._actives.pop(active.sequence, None)
         self.leases.forget(active)
         self._on_load()
+
+
+def _check_device(results: list[Result]) -> None:
+    for result in results:
+        if isinstance(result, DeviceLost):
+            raise HeadwayError(grpc.StatusCode.INTERNAL, str(result))

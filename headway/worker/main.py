@@ -18,6 +18,7 @@ from headway.runtime.convert import card_to_proto
 from headway.runtime.errors import HeadwayError
 from headway.runtime.log import setup_logs
 from headway.runtime.server import GrpcServer, notify, stop_event
+from headway.slab.device import Device, DeviceError, open_device
 from headway.v1 import common_pb2, router_pb2
 from headway.worker.announce import Announcer
 from headway.worker.attach import Attachment
@@ -26,6 +27,8 @@ from headway.worker.loop import EngineLoop
 
 log = logging.getLogger(__name__)
 
+# Of a worker that ends by itself.
+FLUSH_S = 0.5
 AddServicer = Callable[[grpc.aio.Server, EngineLoop, ModelCard], None]
 
 
@@ -41,7 +44,10 @@ def make_engine(config: WorkerConfig) -> Engine:
     from headway.models import resolve
 
     try:
-        return load_engine(str(resolve(config.model)), threads=config.threads or os.cpu_count())
+        path, threads = str(resolve(config.model)), config.threads or os.cpu_count()
+        # The NumPy device is host memory: the model computes on the CPU there.
+        device = config.device if config.on_gpu else "cpu"
+        return load_engine(path, dtype=config.model_dtype, threads=threads, device=device)
     except (ModelError, LookupError, ValueError, OSError) as error:
         raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
 
@@ -54,6 +60,7 @@ async def run_worker(
     stopped = stop_event()
     server = GrpcServer([service])
     port = server.listen(config.host, config.port)
+    device = await asyncio.to_thread(_device, config)
     engine = await asyncio.to_thread(make_engine, config)
     # The model's objects live as long as the process: a collection that walked them would stop every stream.
     gc.freeze()
@@ -85,6 +92,7 @@ async def run_worker(
         config.kvstore,
         config.name,
         engine.card,
+        device,
         on_attached=loop.attached,
         on_lost=loop.lost,
         on_reclaim=loop.leases.reclaim,
@@ -97,16 +105,28 @@ async def run_worker(
         Path(config.port_file).write_text(f"{port}\n")
     notify("READY=1")
     log.info("event=ready worker=%s port=%d model=%s", config.name, port, engine.card.name)
-    async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(job) for job in (attachment.run(), loop.run(), announcer.run())]
-        await stopped.wait()
-        notify("STOPPING=1")
-        announcer.drain()
-        await _drained(loop, config.drain_s)
-        await server.stop(1.0)
-        for task in running:
-            task.cancel()
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(job) for job in (attachment.run(), loop.run(), announcer.run())]
+            await stopped.wait()
+            notify("STOPPING=1")
+            announcer.drain()
+            await _drained(loop, config.drain_s)
+            await server.stop(1.0)
+            for task in running:
+                task.cancel()
+    except BaseException:
+        # What failed sequences were told must reach their routers, or this counts as a death of their making.
+        await server.stop(FLUSH_S)
+        raise
     loop.close()
+
+
+def _device(config: WorkerConfig) -> Device | None:
+    try:
+        return open_device(config.device)
+    except DeviceError as error:
+        raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
 
 
 async def _drained(loop: EngineLoop, seconds: float) -> None:

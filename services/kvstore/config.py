@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headway.runtime.config import ConfigError, option
+from headway.slab.device import CPU, KINDS, valid_name
 from headway.slab.host import PAGE
 
 
@@ -19,6 +20,7 @@ class KvStoreConfig:
     port: int = option(50052, "port to listen on; 0 lets the kernel choose")
     port_file: str = option("", "file that gets the port once the kvstore listens")
     node_id: str = option("node-0", "name of this node, unique in the fleet")
+    device: str = option("cpu", f"where the slab lies: {KINDS}")
     slab_bytes: int = option(1 << 30, "bytes of KV memory")
     slab_name: str = option("headway", "name of the segment under /dev/shm, unique on this host")
     run_dir: str = option("/tmp", "folder for the unix socket that hands out the slab's descriptor")
@@ -48,6 +50,16 @@ class KvStoreConfig:
     def __post_init__(self) -> None:
         if self.slab_bytes < PAGE:
             raise ConfigError(f"setting slab_bytes is {self.slab_bytes}; it must be at least {PAGE}")
+        if not valid_name(self.device):
+            raise ConfigError(f"setting device is {self.device}; it must be {KINDS}")
+        if self.device != CPU and (self.disk_dir or self.remote_url):
+            raise ConfigError(
+                "settings disk_dir and remote_url are for slabs in host memory; leave them out on a device"
+            )
+        if self.device != CPU and "nixl" in self.planes:
+            raise ConfigError(
+                "setting planes names nixl, which moves slabs in host memory only; leave it out on a device"
+            )
         unknown = set(self.planes) - {"socket", "grpc", "nixl"}
         if unknown or not self.planes:
             named = ", ".join(self.planes)

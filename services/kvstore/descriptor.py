@@ -1,4 +1,7 @@
-"""The unix socket that hands out the slab's descriptor against a session's one-time secret."""
+"""The unix socket that hands out the way to the slab against a session's one-time secret.
+
+For memory on a device too: who writes to the slab must be a process that the kernel named, so that its death is seen.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 import grpc
 
 from headway.runtime.errors import HeadwayError
+from headway.slab.device import DeviceSegment
 from services.kvstore.node import Node, Session
 
 SECRET_BYTES = 32
@@ -18,7 +22,10 @@ TIMEOUT_S = 5.0
 
 
 class DescriptorSocket:
-    """Protocol: the worker sends its 32-byte secret; back comes one byte with the descriptor (SCM_RIGHTS), or EOF."""
+    """Protocol: the worker sends its 32-byte secret; back comes one byte, or EOF.
+
+    With the byte comes the descriptor (SCM_RIGHTS); of a slab on a device, its handle follows instead.
+    """
 
     def __init__(self, node: Node, run_dir: Path) -> None:
         self._node = node
@@ -62,7 +69,14 @@ class DescriptorSocket:
                 credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
                 pid, _, _ = struct.unpack("3i", credentials)
                 self._node.mapped(session, pid)
-                socket.send_fds(channel, [b"\0"], [self._node.segment.descriptor])
+                await self._send(channel)
+
+    async def _send(self, channel: socket.socket) -> None:
+        segment = self._node.segment
+        if isinstance(segment, DeviceSegment):
+            await asyncio.get_running_loop().sock_sendall(channel, b"\0" + segment.handle)
+        else:
+            socket.send_fds(channel, [b"\0"], [segment.descriptor])
 
     def _redeem(self, secret: bytes) -> Session | None:
         """The session of this secret, which is of no use from now on."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
 
 import xxhash
 
@@ -14,17 +16,16 @@ from headway.core.slots import SlotPool
 PROBE_SLOT = 0xFFFFFFFF
 LANDING_SLOT = 0xFFFFFFFE
 
+Pieces = Generator[list[memoryview], None, None]
 
-class SlabMemory:
-    """Views of the mapped slab; used by the planes' threads, while the event loop changes generations.
+
+class Memory(ABC):
+    """What planes ask of any slab, from their threads, while the event loop changes generations.
 
     Not usable before `lay_out`.
     """
 
-    def __init__(self, descriptor: int, size: int) -> None:
-        # All pages exist already: this only fills the page table.
-        self._map = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self._bytes = memoryview(self._map)
+    def __init__(self) -> None:
         self.stride = 0
         self._pool = SlotPool(ForgetfulRecords(0))
         self._probe = self._landing = memoryview(b"")
@@ -35,6 +36,16 @@ class SlabMemory:
         self._probe = memoryview(bytearray(b"headway " * (slot_bytes // 8 + 1))[:slot_bytes])
         self._landing = memoryview(bytearray(slot_bytes))
 
+    @abstractmethod
+    def outgoing(self, slots: Sequence[int]) -> Pieces:
+        """The slots' bytes in use, in order, in one or more lists; each is valid until the next is asked for."""
+
+    @abstractmethod
+    def incoming(self, slots: Sequence[int]) -> Pieces:
+        """As `outgoing`, to be filled. Each list may be read until the next is asked for; when there is no next, all
+        bytes are in the slab. Nothing is written to it once the iterator is closed: close it, whatever happens.
+        """
+
     def has(self, slot: int) -> bool:
         return slot < self._pool.total or slot == PROBE_SLOT
 
@@ -42,9 +53,29 @@ class SlabMemory:
     def slots(self) -> int:
         return self._pool.total
 
-    def address(self, slot: int) -> int:
-        """Where the slot begins in this process; slots of the slab lie `stride` bytes apart."""
-        return ctypes.addressof(ctypes.c_char.from_buffer(self.view(slot)))
+    def current(self, slot: int, generation: int) -> bool:
+        """The slot has not been given out anew since it had this generation."""
+        return slot == PROBE_SLOT or self._pool.generations[slot] == generation
+
+    def generation(self, slot: int) -> int:
+        return self._pool.generations[slot]
+
+    def checksums(self, slots: Sequence[int]) -> list[int]:
+        """xxh3_64 of each slot's bytes in use."""
+        return [xxhash.xxh3_64_intdigest(view) for views in self.outgoing(slots) for view in views]
+
+    def checksum(self, slot: int) -> int:
+        return self.checksums([slot])[0]
+
+
+class SlabMemory(Memory):
+    """A slab in host memory: planes read from and write to the mapped slab itself."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        super().__init__()
+        # All pages exist already: this only fills the page table.
+        self._map = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._bytes = memoryview(self._map)
 
     def view(self, slot: int) -> memoryview:
         """The slot's bytes in use, writable."""
@@ -55,12 +86,12 @@ class SlabMemory:
         start = slot * self.stride
         return self._bytes[start : start + self.slot_bytes]
 
-    def current(self, slot: int, generation: int) -> bool:
-        """The slot has not been given out anew since it had this generation."""
-        return slot == PROBE_SLOT or self._pool.generations[slot] == generation
+    def address(self, slot: int) -> int:
+        """Where the slot begins in this process; slots of the slab lie `stride` bytes apart."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.view(slot)))
 
-    def generation(self, slot: int) -> int:
-        return self._pool.generations[slot]
+    def outgoing(self, slots: Sequence[int]) -> Pieces:
+        yield [self.view(slot) for slot in slots]
 
-    def checksum(self, slot: int) -> int:
-        return xxhash.xxh3_64_intdigest(self.view(slot))
+    def incoming(self, slots: Sequence[int]) -> Pieces:
+        yield [self.view(slot) for slot in slots]

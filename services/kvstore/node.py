@@ -26,7 +26,8 @@ from headway.slab.host import slot_stride
 from headway.v1 import kvstore_pb2 as pb
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.convert import reply_of
-from services.kvstore.memory import SlabMemory
+from services.kvstore.device_keeper import DeviceKeeper
+from services.kvstore.memory import Memory
 from services.kvstore.restart import FormerWorker, Keeper, started_at
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Session:
 class Node:
     """All operations come through here; after each, what other sessions must hear is sent and watchers are woken."""
 
-    def __init__(self, config: KvStoreConfig, keeper: Keeper, memory: SlabMemory) -> None:
+    def __init__(self, config: KvStoreConfig, keeper: Keeper | DeviceKeeper, memory: Memory) -> None:
         self.config = config
         self.segment = keeper.segment
         self.memory = memory
@@ -98,21 +99,21 @@ class Node:
         self.watchers: set[asyncio.Event] = set()
         self._announced = 0
         self._audited = 0
-        if keeper.kv_format is not None:
-            self._restore(keeper.kv_format)
+        if isinstance(keeper, Keeper) and keeper.kv_format is not None:
+            self._restore(keeper, keeper.kv_format)
 
-    def _restore(self, kv_format: KvFormat) -> None:
+    def _restore(self, keeper: Keeper, kv_format: KvFormat) -> None:
         """Go on with what a former kvstore left in this slab."""
         former: list[str] = []
-        for worker in self._keeper.former_workers():
+        for worker in keeper.former_workers():
             pidfd = worker.open()
             if pidfd is not None:
                 session = self.sessions[worker.incarnation] = Session(worker.incarnation, worker.worker_id)
                 session.hang_up()
-                self._keeper.keep(worker)
+                keeper.keep(worker)
                 self._watch(session, pidfd)
                 former.append(worker.incarnation)
-        self._use(self._keeper.restored(self.config.handoff_hold_s, former), kv_format)
+        self._use(keeper.restored(self.config.handoff_hold_s, former), kv_format)
 
     @property
     def block_size(self) -> int:
@@ -177,6 +178,12 @@ class Node:
             asyncio.get_running_loop().remove_reader(session.pidfd)
             os.close(session.pidfd)
             session.pidfd = None
+
+    async def abandoned(self, seconds: float) -> None:
+        """Until every process that had the slab is dead, at most so long."""
+        deadline_s = time.monotonic() + seconds
+        while not all(session.dead for session in self.sessions.values()) and time.monotonic() < deadline_s:
+            await asyncio.sleep(TICK_S)
 
     def _lay_out(self, kv_format: KvFormat, worker_id: str) -> None:
         if self.kv_format == kv_format:

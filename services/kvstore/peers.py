@@ -16,7 +16,7 @@ from headway.runtime.channels import open_channel
 from headway.runtime.convert import kv_format_to_proto
 from headway.v1 import kvstore_pb2, transfer_pb2_grpc
 from headway.v1 import transfer_pb2 as pb
-from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT
+from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT, SlabMemory
 from services.kvstore.node import Node
 from services.kvstore.planes.contract import Checksums, Copied, Move, Plane, PlaneError, Urgency
 from services.kvstore.planes.grpc_plane import GrpcPlane
@@ -272,6 +272,8 @@ class Peer:
             by_grpc.open(link.channel, link.welcome.secret)
             return by_grpc
         if name == "nixl":
+            if not isinstance(node.memory, SlabMemory):
+                raise PlaneError("NIXL moves slabs in host memory only")
             link.nixl = NixlPlane(node.memory, self._checksums, timeout_s, link.out.put_nowait)
             await link.nixl.open(node.config.node_id)
             return link.nixl

@@ -12,11 +12,14 @@ from headway.runtime.config import load_or_exit
 from headway.runtime.errors import HeadwayError
 from headway.runtime.log import setup_logs
 from headway.runtime.server import GrpcServer, notify, run_service, stop_event
+from headway.slab.device import DeviceError, open_device
 from headway.slab.host import SlabError
 from headway.v1 import kvstore_pb2, kvstore_pb2_grpc, transfer_pb2
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.descriptor import DescriptorSocket
-from services.kvstore.memory import SlabMemory
+from services.kvstore.device_keeper import DeviceKeeper
+from services.kvstore.device_memory import DeviceMemory
+from services.kvstore.memory import Memory, SlabMemory
 from services.kvstore.node import Node
 from services.kvstore.planes.nixl_agent import NixlError, load_nixl
 from services.kvstore.planes.nixl_source import NixlSource
@@ -30,6 +33,8 @@ from services.kvstore.transfer_service import TransferServicer, add_transfers
 log = logging.getLogger(__name__)
 
 PROGRAM = "headway-kvstore"
+# Workers stop and close a device's slab before it is freed; one that takes longer is left to the runtime's mercy.
+LET_GO_S = 5.0
 
 
 async def serve(config: KvStoreConfig) -> None:
@@ -43,16 +48,12 @@ async def serve(config: KvStoreConfig) -> None:
     await asyncio.to_thread(_check_nixl, config)
     server = GrpcServer(services)
     port = server.listen(config.host, config.port)
+    keeper, memory = await asyncio.to_thread(open_slab, config)
     try:
-        keeper = await asyncio.to_thread(Keeper, config.slab_name, config.slab_bytes)
-    except SlabError as error:
-        raise HeadwayError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
-    try:
-        memory = await asyncio.to_thread(SlabMemory, keeper.segment.descriptor, config.slab_bytes)
         node = Node(config, keeper, memory)
         pulls, tiering = Pulls(node), Tiering(node)
         sockets = _socket_source(config, memory)
-        nixl = NixlSource(memory, config.node_id) if "nixl" in config.planes else None
+        nixl = _nixl_source(config, memory)
         transfers = TransferServicer(node, sockets, nixl, serve_bytes="grpc" in config.planes)
         add_transfers(server.server, transfers)
         descriptors = DescriptorSocket(node, Path(config.run_dir).resolve())
@@ -77,6 +78,8 @@ async def serve(config: KvStoreConfig) -> None:
                 sockets.close()
             if nixl is not None:
                 await asyncio.to_thread(nixl.close)
+            if isinstance(keeper, DeviceKeeper):
+                await node.abandoned(LET_GO_S)
     finally:
         keeper.remove()
 
@@ -90,7 +93,32 @@ def _check_nixl(config: KvStoreConfig) -> None:
             raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
 
 
-def _socket_source(config: KvStoreConfig, memory: SlabMemory) -> SocketSource | None:
+def _nixl_source(config: KvStoreConfig, memory: Memory) -> NixlSource | None:
+    if "nixl" not in config.planes or not isinstance(memory, SlabMemory):
+        return None
+    return NixlSource(memory, config.node_id)
+
+
+def open_slab(config: KvStoreConfig) -> tuple[Keeper | DeviceKeeper, Memory]:
+    """Raises HeadwayError: FAILED_PRECONDITION without such a device, RESOURCE_EXHAUSTED where memory is short."""
+    try:
+        device = open_device(config.device)
+        if device is not None:
+            on_device = DeviceKeeper(config.slab_name, device, config.slab_bytes)
+            return on_device, DeviceMemory(on_device.segment)
+        keeper = Keeper(config.slab_name, config.slab_bytes)
+    except DeviceError as error:
+        raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
+    except SlabError as error:
+        raise HeadwayError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
+    try:
+        return keeper, SlabMemory(keeper.segment.descriptor, config.slab_bytes)
+    except BaseException:
+        keeper.remove()
+        raise
+
+
+def _socket_source(config: KvStoreConfig, memory: Memory) -> SocketSource | None:
     if "socket" not in config.planes:
         return None
     sockets = SocketSource(memory, config.transfer_host, config.transfer_timeout_s)

@@ -15,7 +15,8 @@ from headway.core.events import BlockEvent, merge
 from headway.core.keys import join_keys
 from headway.runtime.convert import kv_format_from_proto, kv_format_to_proto
 from headway.runtime.errors import HeadwayError, abort
-from headway.slab.host import map_descriptor
+from headway.slab.device import DeviceSegment
+from headway.slab.host import HostSegment
 from headway.v1 import kvstore_pb2 as pb
 from headway.v1 import kvstore_pb2_grpc
 from services.kvstore.node import Node, Session
@@ -82,6 +83,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     def _welcome(self, session: Session) -> pb.AttachWelcome:
         node = self._node
         return pb.AttachWelcome(
+            device=_device(node.segment),
             node_id=node.config.node_id,
             epoch=node.epoch,
             total_slots=node.store.pool.total,
@@ -174,19 +176,18 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         if request.check_integrity:
             reply.integrity_errors.extend(check_integrity(store))
         if request.checksum_blocks and node.kv_format is not None:
-            reply.checksums.extend(await self._checksums(node.kv_format.slot_bytes))
+            reply.checksums.extend(await self._checksums())
         return reply
 
-    async def _checksums(self, slot_bytes: int) -> list[pb.BlockChecksum]:
+    async def _checksums(self) -> list[pb.BlockChecksum]:
         """Of all sealed blocks; one whose slot changed hands while it was read is left out (its generation tells)."""
         node, generations = self._node, self._node.store.pool.generations
         blocks = [(block.key, block.slot, generations[block.slot]) for block in node.store.cache]
-        descriptor, total, stride = node.segment.descriptor, node.store.pool.total, node.stride
+        slots = [slot for _, slot, _ in blocks]
 
         def digest_all() -> list[bytes]:
-            slab = map_descriptor(descriptor, total, stride)
-            used = (slab[slot, :slot_bytes].tobytes() for _, slot, _ in blocks)
-            return [hashlib.blake2b(content, digest_size=16).digest() for content in used]
+            pieces = node.memory.outgoing(slots)
+            return [hashlib.blake2b(view, digest_size=16).digest() for views in pieces for view in views]
 
         digests = await asyncio.to_thread(digest_all)
         return [
@@ -194,3 +195,10 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             for (key, slot, generation), checksum in zip(blocks, digests, strict=True)
             if generations[slot] == generation
         ]
+
+
+def _device(segment: HostSegment | DeviceSegment) -> pb.SlabDevice | None:
+    if isinstance(segment, HostSegment):
+        return None
+    device = segment.device
+    return pb.SlabDevice(kind=device.module.kind, index=device.index, bus_id=device.bus_id, bytes=segment.size)

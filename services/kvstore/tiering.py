@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
+from typing import cast
 
 from headway.core.blocks import Block
 from headway.core.model import KvFormat
@@ -21,6 +22,7 @@ from headway.core.promote import ReadCost
 from headway.core.store import Store
 from headway.v1 import kvstore_pb2 as pb
 from services.kvstore.config import KvStoreConfig
+from services.kvstore.memory import SlabMemory
 from services.kvstore.node import Node
 from services.kvstore.tiers.contract import Tier, TierError
 from services.kvstore.tiers.disk import DiskTier
@@ -77,6 +79,11 @@ class Tiering:
     def unwritten(self) -> int:
         """Of the blocks that would be evicted next, those that no tier has yet."""
         return sum(1 for _ in self._unwritten(self._node.store)) if self.tiers else 0
+
+    @property
+    def _memory(self) -> SlabMemory:
+        # The config has no tiers below a slab on a device.
+        return cast(SlabMemory, self._node.memory)
 
     # ------------------------------------------------------------------ opening and closing
 
@@ -175,7 +182,7 @@ class Tiering:
         return any(below.tier.contains(block.key) for below in self.tiers)
 
     def _put(self, store: Store, victims: Sequence[Block]) -> bool:
-        generations, memory = store.pool.generations, self._node.memory
+        generations, memory = store.pool.generations, self._memory
         taken = False
         for block in victims:
             slot, generation = block.slot, generations[block.slot]
@@ -211,7 +218,7 @@ class Tiering:
 
     async def read(self, below: Below, keys: Sequence[bytes], slots: Sequence[int]) -> int:
         """Blocks into slots that nobody else uses; how many of the leading ones came. Writes nothing once it ends."""
-        views = [self._node.memory.view(slot) for slot in slots]
+        views = [self._memory.view(slot) for slot in slots]
         below.cost.begin(len(keys))
         good, started = 0, time.monotonic()
         reading = asyncio.get_running_loop().run_in_executor(self._readers, below.tier.get, keys, views)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from headway.core.model import KvFormat, LayerGroup
 from headway.engine.attention import paged_attention
+from headway.engine.batched import moved, plan_batched
 from headway.engine.contract import Chunk
 from headway.engine.errors import ModelError
-from headway.engine.pages import ORDER, Pages, plan_forward
+from headway.engine.pages import ORDER, Pages, Plan, plan_forward
 
 DIM = 8
 
@@ -24,7 +26,7 @@ def pages_of(block_size: int, kv_heads: int, slots: int, layers: int = 2) -> tup
     group = LayerGroup(layers, kv_heads, DIM, layers * 2 * kv_heads * DIM * 4)
     kv_format = KvFormat(block_size, "float32", ORDER, (group,))
     slab = np.full((slots, kv_format.slot_bytes + 64), 0xFF, np.uint8)
-    return Pages(slab, kv_format), slab
+    return Pages(slab, kv_format, torch.device("cpu")), slab
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -50,9 +52,12 @@ def cases(draw: st.DrawFn) -> tuple[int, int, int, list[list[int]], bool, int]:
     )
 
 
+@pytest.mark.parametrize("plan_of", [plan_forward, plan_batched])
 @settings(max_examples=120, deadline=None)
-@given(cases())
-def test_equals_dense_attention(case: tuple[int, int, int, list[list[int]], bool, int]) -> None:
+@given(case=cases())
+def test_equals_dense_attention(
+    plan_of: Callable[..., Plan], case: tuple[int, int, int, list[list[int]], bool, int]
+) -> None:
     block_size, kv_heads, group, sequences, scattered, seed = case
     torch.manual_seed(seed)
     lengths = [sum(sizes) for sizes in sequences]
@@ -70,7 +75,7 @@ def test_equals_dense_attention(case: tuple[int, int, int, list[list[int]], bool
         cuts = {at: slice(done[at], done[at] + sequences[at][turn]) for at in active}
         chunks = [Chunk([0] * sequences[at][turn], done[at], tables[at], None) for at in active]
         pack = [torch.cat([part[at][:, cuts[at]] for at in active], dim=1)[None] for part in (q, k, v)]
-        plan = plan_forward(pages, chunks, torch.float32)
+        plan = plan_of(pages, chunks, torch.float32)
         for layer in range(2):  # the second layer must not disturb the first
             sign = 1.0 if layer == 0 else -1.0
             out, _ = paged_attention(
@@ -84,6 +89,29 @@ def test_equals_dense_attention(case: tuple[int, int, int, list[list[int]], bool
                 row += count
         for at in active:
             done[at] += sequences[at][turn]
+
+
+def test_sequences_of_one_length_decode_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, _ = pages_of(4, 1, 64)
+    lengths = [30, 3, 31, 4, 9]
+    chunks = [Chunk([0], length - 1, np.arange(8, dtype=np.int32), None) for length in lengths]
+    monkeypatch.setattr("headway.engine.batched.BATCH_TOKENS", 64)
+    plan = plan_batched(pages, chunks, torch.float32)
+    assert [batch.lengths.tolist() for batch in plan.batches] == [[31, 30], [9, 4, 3]]
+    assert [batch.rows.tolist() for batch in plan.batches] == [[2, 0], [4, 3, 1]]
+    assert [tuple(batch.table.shape) for batch in plan.batches] == [(2, 8), (3, 3)]
+
+
+def test_all_that_the_host_says_of_a_forward_goes_over_in_one_copy() -> None:
+    pages, _ = pages_of(4, 1, 64)
+    table = np.arange(8, dtype=np.int32)
+    chunks = [Chunk([0] * 6, 3, table, None), Chunk([0], 20, table, None), Chunk([0], 5, table, None)]
+    plan = plan_batched(pages, chunks, torch.float32)
+    went = moved(plan.vectors, torch.device("cpu"))
+    assert len({vector.untyped_storage().data_ptr() for vector in went}) == 1
+    again = plan.with_vectors(went)
+    assert [vector.tolist() for vector in again.vectors] == [vector.tolist() for vector in plan.vectors]
+    assert again.spans[0].mask is plan.spans[0].mask
 
 
 def call(**keywords: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from headway.core.sampling import Sampling
+from headway.engine.batched import plan_batched
 from headway.engine.contract import Chunk, Draw, Engine
 from headway.engine.load import ModelError, load_engine
 from tests.engine.drive import Driver
@@ -64,6 +65,16 @@ def test_packed_prefill_and_batched_decode(family: Family) -> None:
 
 @pytest.mark.parametrize("sizes", [(1,), (3, 17, 5), (16,), (29, 1, 2)])
 def test_chunks_of_odd_sizes_mixed_with_decode(family: Family, sizes: tuple[int, ...]) -> None:
+    driver = family.driver()
+    running = [driver.start(prompt, NEW) for prompt in family.prompts]
+    assert check_equal(driver.run(running, NEW, itertools.cycle(sizes)), family.wanted) == []
+
+
+@pytest.mark.parametrize("sizes", [(1 << 30,), (3, 17, 5), (29, 1, 2)])
+def test_the_plan_for_devices_says_the_same(
+    family: Family, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(family.engine, "_plan", plan_batched)
     driver = family.driver()
     running = [driver.start(prompt, NEW) for prompt in family.prompts]
     assert check_equal(driver.run(running, NEW, itertools.cycle(sizes)), family.wanted) == []
@@ -162,5 +173,9 @@ def test_unbind_lets_go_of_the_slab(family: Family) -> None:
 def test_a_slab_of_another_shape_is_refused(family: Family) -> None:
     with pytest.raises(ValueError, match="the KV format needs"):
         family.engine.bind(np.zeros((4, family.engine.card.kv_format.slot_bytes - 4), np.uint8))
+    read_only = np.zeros((4, family.engine.card.kv_format.slot_bytes), np.uint8)
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="writable"):
+        family.engine.bind(read_only)
     with pytest.raises(ValueError, match="writable"):
         family.engine.bind(np.zeros((4, 1 << 20), np.float32))  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ def test_too_little_shared_memory_is_refused_with_what_there_is(name: str) -> No
 
 
 def test_too_little_memory_is_refused_with_what_there_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_available_memory", lambda: PAGE)
+    monkeypatch.setattr(host, "available_memory", lambda: PAGE)
     with pytest.raises(SlabError, match=f"{PAGE} bytes of memory are available; make slab_bytes smaller"):
         HostSegment(name, 2 * PAGE)
     assert not (host.SHM / name).exists()
@@ -87,4 +87,4 @@ def test_a_segment_that_cannot_be_filled_leaves_no_file(name: str, monkeypatch: 
 
 def test_the_kernel_says_how_much_memory_is_available() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert 0 < host._available_memory() <= total
+    assert 0 < host.available_memory() <= total

@@ -13,8 +13,9 @@ from headway.core.sampling import Sampling
 from headway.core.sequence import Finish
 from headway.core.sequence import Sequence as Running
 from headway.core.step import StepLimits
-from headway.engine.contract import Chunk, Draw, Drawn
+from headway.engine.contract import Chunk, DeviceLost, Draw, Drawn
 from headway.engine.simulated import SimulatedEngine, expected_tokens, simulated_card
+from headway.runtime.errors import HeadwayError
 from headway.v1 import common_pb2
 from headway.v1 import kvstore_pb2 as pb
 from headway.worker.active import Active
@@ -52,13 +53,14 @@ class GatedEngine(SimulatedEngine):
         self.gate = threading.Semaphore(1 << 30)
         self.entered = threading.Semaphore(0)
         self.fails_on: int | None = None
+        self.error: Exception = RuntimeError("cannot compute this")
         self.batches: list[list[int]] = []
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
         self.entered.release()
         assert self.gate.acquire(timeout=10)
         if any(self.fails_on in chunk.tokens for chunk in chunks):
-            raise RuntimeError("cannot compute this")
+            raise self.error
         self.batches.append([len(chunk.tokens) for chunk in chunks])
         return super().forward(chunks)
 
@@ -71,12 +73,13 @@ class Bench:
         self.loop = EngineLoop(self.engine, limits, growth_tokens=16, acquire_timeout_s=1.0)
         self.loop.leases.use(self.store)  # type: ignore[arg-type]
         self.loop.attached(self.store.slab())
+        self.task: asyncio.Task[None] | None = None
 
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
     bench = Bench(StepLimits(8, 64))
-    task = asyncio.create_task(bench.loop.run())
+    task = bench.task = asyncio.create_task(bench.loop.run())
     yield bench
     bench.engine.gate.release(1000)
     task.cancel()
@@ -326,3 +329,34 @@ async def test_a_lost_kvstore_fails_sequences_over_and_lets_go_of_the_slab(bench
     await until_over(late)
     assert late.failure is not None
     assert len(bench.engine.batches) == batches
+
+
+async def test_a_device_that_broke_ends_the_worker_and_is_not_tried_again(bench: Bench) -> None:
+    heard = Heard()
+    assert bench.task is not None
+    bench.engine.fails_on, bench.engine.error = 7, DeviceLost("cuda:0 does not work any more")
+    bench.loop.start(sequence([7] * 20), heard)
+    await until_over(heard)
+    assert heard.failure is not None
+    assert (heard.failure.retryable, heard.failure.message) == (True, "cuda:0 does not work any more")
+    with pytest.raises(HeadwayError, match="cuda:0 does not work any more"):
+        await asyncio.wait_for(bench.task, 5)
+    assert bench.engine.batches == []
+
+
+async def test_nothing_is_launched_once_the_kvstore_is_gone(bench: Bench) -> None:
+    """The forward that was running fails, as it may when its memory went; its sequences are replayed elsewhere."""
+    heard, entered = [Heard(), Heard()], bench.engine.entered
+    bench.engine.fails_on, bench.engine.error = 7, RuntimeError("an illegal memory access was encountered")
+    bench.engine.gate = threading.Semaphore(0)
+    for number, sink in enumerate(heard):
+        bench.loop.start(sequence([number, 7]), sink)
+    await asyncio.to_thread(entered.acquire)
+    lost = asyncio.create_task(bench.loop.lost())
+    await asyncio.sleep(0.01)
+    bench.engine.gate.release(1000)
+    await asyncio.wait_for(lost, 5)
+    assert not entered.acquire(blocking=False)
+    for sink in heard:
+        assert sink.failure is not None
+        assert sink.failure.retryable

@@ -53,13 +53,21 @@ class Checksums:
         return bool(self._every) and next(self._count) % self._every == 0
 
 
+def digests(views: Sequence[memoryview]) -> list[int]:
+    """xxh3_64 of each."""
+    return [xxhash.xxh3_64_intdigest(view) for view in views]
+
+
 def verdict(view: memoryview, *, current: bool, checksum: int | None) -> Copied:
     """Of a block whose bytes have arrived; `checksum` is the source's xxh3_64, None when none was asked for."""
+    return judge(None if checksum is None else digests([view])[0], current=current, checksum=checksum)
+
+
+def judge(found: int | None, *, current: bool, checksum: int | None) -> Copied:
+    """As `verdict`, of a block whose bytes had this xxh3_64 when they arrived; None when no checksum was asked for."""
     if not current:
         return Copied.STALE
-    if checksum is not None and xxhash.xxh3_64_intdigest(view) != checksum:
-        return Copied.CORRUPT
-    return Copied.GOOD
+    return Copied.GOOD if found is None or found == checksum else Copied.CORRUPT
 
 
 class Plane(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import grpc
 
 from headway.v1 import transfer_pb2 as pb
-from services.kvstore.memory import SlabMemory
-from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, verdict
+from services.kvstore.memory import Memory
+from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, digests, verdict
 from services.kvstore.planes.pieces import pack_piece, unpack_piece
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class GrpcPlane:
 
     name = "grpc"
 
-    def __init__(self, memory: SlabMemory, checksums: Checksums, timeout_s: float) -> None:
+    def __init__(self, memory: Memory, checksums: Checksums, timeout_s: float) -> None:
         self._memory = memory
         self._checksums = checksums
         self._timeout_s = timeout_s
@@ -68,35 +69,55 @@ class GrpcPlane:
         call = self._read_blocks(request)
         try:
             # A task of its own would go on writing; this loop stops with its caller.
-            while (message := await asyncio.wait_for(call.read(), self._timeout_s)) is not grpc.aio.EOF:
-                piece, data = unpack_piece(message)
-                view = self._memory.view(moves[piece.index].slot)
-                end = piece.offset + len(data)
-                view[piece.offset : end] = data
-                if end == len(view):
-                    checksum = piece.checksum if request.checksum else None
-                    copied.append(verdict(view, current=piece.current, checksum=checksum))
-        except (grpc.aio.AioRpcError, TimeoutError, ValueError, IndexError) as error:
+            for index, move in enumerate(moves):
+                copied.append(await self._read_block(call, index, move.slot, checked=request.checksum))
+        except (grpc.aio.AioRpcError, TimeoutError, ValueError, EOFError) as error:
             log.info("event=plane_closed plane=grpc reason=%s", repr(error))
             self._closed = True
         finally:
             call.cancel()
         return copied + [Copied.MISSING] * (len(moves) - len(copied))
 
+    async def _read_block(self, call: Any, index: int, slot: int, *, checked: bool) -> Copied:
+        """Blocks come in order, each in pieces from its beginning on, and end with a piece that is not current.
+
+        Raises EOFError when the call ends before, ValueError on anything else than this block's pieces.
+        """
+        with contextlib.closing(self._memory.incoming([slot])) as landing:
+            (view,) = next(landing)
+            end = 0
+            while end < len(view):
+                message = await asyncio.wait_for(call.read(), self._timeout_s)
+                if message is grpc.aio.EOF:
+                    raise EOFError("the call ended in the middle of a block")
+                piece, data = unpack_piece(message)
+                if not piece.current:
+                    return Copied.STALE
+                if (piece.index, piece.offset) != (index, end) or not data:
+                    raise ValueError("a piece of another block came")
+                end += len(data)
+                view[piece.offset : end] = data
+            copied = verdict(view, current=True, checksum=piece.checksum if checked else None)
+            # On a device, only now does it go into its slot.
+            next(landing, None)
+        return copied
+
     def close(self) -> None:
         self._closed = True
 
 
-async def pieces(memory: SlabMemory, request: pb.ReadBlocksRequest) -> AsyncIterator[bytes]:
-    """The source side: the bytes of the slots asked for, as messages."""
+async def pieces(memory: Memory, request: pb.ReadBlocksRequest) -> AsyncIterator[bytes]:
+    """The source side: the bytes of the slots asked for, as messages. One that is not current ends a stale block."""
     for index, (slot, generation) in enumerate(zip(request.slots, request.generations, strict=True)):
-        view = memory.view(slot)
-        checksum = memory.checksum(slot) if request.checksum else 0
-        for offset in range(0, len(view), MESSAGE_BYTES):
-            meta = pb.ReadBlocksResponse(index=index, offset=offset, checksum=checksum, current=True)
-            piece = pack_piece(meta, view[offset : offset + MESSAGE_BYTES])
-            # Only now, when its bytes have been copied, is it known whether they were still this block's.
-            if not memory.current(slot, generation):
-                meta.current = False
-                piece = pack_piece(meta, memoryview(b""))
-            yield piece
+        with contextlib.closing(memory.outgoing([slot])) as gathered:
+            (view,) = next(gathered)
+            checksum = digests([view])[0] if request.checksum else 0
+            for offset in range(0, len(view), MESSAGE_BYTES):
+                meta = pb.ReadBlocksResponse(index=index, offset=offset, checksum=checksum, current=True)
+                piece = pack_piece(meta, view[offset : offset + MESSAGE_BYTES])
+                # Only now, when its bytes have been copied, is it known whether they were still this block's.
+                if not memory.current(slot, generation):
+                    meta.current = False
+                    yield pack_piece(meta, memoryview(b""))
+                    break
+                yield piece

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import logging
@@ -13,8 +14,17 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from services.kvstore.memory import SlabMemory
-from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, request_blocks, verdict
+from services.kvstore.memory import Memory
+from services.kvstore.planes.contract import (
+    Checksums,
+    Copied,
+    Move,
+    PlaneError,
+    Urgency,
+    digests,
+    judge,
+    request_blocks,
+)
 from services.kvstore.planes.frames import (
     MOST_BLOCKS,
     VERDICT,
@@ -56,7 +66,7 @@ class SocketPlane:
 
     name = "socket"
 
-    def __init__(self, memory: SlabMemory, checksums: Checksums, timeout_s: float) -> None:
+    def __init__(self, memory: Memory, checksums: Checksums, timeout_s: float) -> None:
         self._memory = memory
         self._checksums = checksums
         self._timeout_s = timeout_s
@@ -192,11 +202,15 @@ class SocketPlane:
 
     def _receive(self, connection: socket.socket, job: _Job) -> list[Copied]:
         verdicts = bytearray(VERDICT.size * len(job.moves))
-        views = [self._memory.view(move.slot) for move in job.moves]
-        receive_all(connection, [*views, memoryview(verdicts)])
+        sums: list[int | None] = []
+        with contextlib.closing(self._memory.incoming([move.slot for move in job.moves])) as pieces:
+            for views in pieces:
+                receive_all(connection, views)
+                sums += digests(views) if job.checksum else [None] * len(views)
+        receive_all(connection, [memoryview(verdicts)])
         return [
-            verdict(view, current=current == 1, checksum=checksum if job.checksum else None)
-            for view, (current, checksum) in zip(views, VERDICT.iter_unpack(verdicts), strict=True)
+            judge(found, current=current == 1, checksum=checksum)
+            for found, (current, checksum) in zip(sums, VERDICT.iter_unpack(verdicts), strict=True)
         ]
 
     def _fail(self, on_the_way: deque[_Job], reason: str) -> None:

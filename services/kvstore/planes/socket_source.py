@@ -11,7 +11,7 @@ import threading
 import grpc
 
 from headway.runtime.errors import HeadwayError
-from services.kvstore.memory import SlabMemory
+from services.kvstore.memory import Memory
 from services.kvstore.planes.frames import (
     SECRET_BYTES,
     VERDICT,
@@ -32,7 +32,7 @@ HANDSHAKE_S = 5.0
 class SocketSource:
     """Listens from `start` to `close`; `port` is 0 before."""
 
-    def __init__(self, memory: SlabMemory, host: str, timeout_s: float) -> None:
+    def __init__(self, memory: Memory, host: str, timeout_s: float) -> None:
         self._memory = memory
         self._host = host
         self._timeout_s = timeout_s
@@ -127,8 +127,11 @@ class SocketSource:
         slots, checksum = request
         if not all(memory.has(slot) for slot, _ in slots):
             raise FrameError("a slot was asked for that this slab does not have")
-        sums = [memory.checksum(slot) if checksum else 0 for slot, _ in slots]
-        send_all(connection, [memory.view(slot) for slot, _ in slots])
+        wanted = [slot for slot, _ in slots]
+        sums = memory.checksums(wanted) if checksum else [0] * len(wanted)
+        with contextlib.closing(memory.outgoing(wanted)) as pieces:
+            for views in pieces:
+                send_all(connection, views)
         # After the bytes were read: had a slot been given out anew before, its generation would tell.
         current = [memory.current(slot, generation) for slot, generation in slots]
         connection.sendall(b"".join(VERDICT.pack(*verdict) for verdict in zip(current, sums, strict=True)))
