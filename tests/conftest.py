@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -23,3 +24,11 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 async def stub(fleet: Fleet) -> AsyncIterator[Stub]:
     async with open_channel(fleet.address) as channel:
         yield router_pb2_grpc.RouterServiceStub(channel)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need what is not installed are skipped, and say so."""
+    if not any(map(importlib.util.find_spec, ("nixl", "nixl_cu12", "nixl_cu13"))):
+        for item in items:
+            if item.get_closest_marker("nixl"):
+                item.add_marker(pytest.mark.skip(reason="NIXL is not installed (pip install .[nixl])"))

@@ -29,7 +29,8 @@ from bench.transfer.raw_tcp import RawTcp
 from bench.transfer.redis_peer import Redis
 from bench.transfer.slabs import Slabs
 
-PLANES = ("socket", "grpc")
+# nixl only where this Python has it.
+PLANES = ("socket", "grpc", "nixl")
 SIZES = [1, 64, 512]  # blocks
 SLOTS = 576
 ROUNDS = {1: 100, 64: 30, 512: 10}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from bench.transfer.contract import BLOCK_BYTES, Mover, MoverError, Sample
+import importlib.util
+
+from bench.transfer.contract import BLOCK_BYTES, Mover, MoverError, Sample, SkipError
 from bench.transfer.store_pair import StorePair
+from services.kvstore.planes.nixl_agent import MODULES
 
 
 class PlaneMover(Mover):
@@ -15,6 +18,8 @@ class PlaneMover(Mover):
         self._pair = StorePair(slots, "--planes", name, *flags)
 
     def open(self) -> None:
+        if self.name == "nixl" and not any(map(importlib.util.find_spec, MODULES)):
+            raise SkipError("NIXL is not installed here (pip install .[nixl])")
         self._pair.open()
 
     def close(self) -> None:

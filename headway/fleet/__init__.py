@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headway.fleet.local import Fleet
-from headway.fleet.process import FleetError
+from headway.fleet.process import FleetError, Place
 from headway.fleet.spec import FleetSpec
 
-__all__ = ["Fleet", "FleetError", "FleetSpec"]
+__all__ = ["Fleet", "FleetError", "FleetSpec", "Place"]

@@ -131,18 +131,18 @@ class Fleet:
         deadline_s = time.monotonic() + START_S
         for node, name in enumerate(self.spec.kvstores):
             flags = self.spec.flags_of_kvstore(node, self._slabs[node], str(self.run_dir))
-            self._add(name, "kvstore", "kvstore", flags)
-        self._add("router", "router", "router", self.spec.extra_flags("router", "router"), self.spec.port)
+            self._add(name, "kvstore", "kvstore", flags, node)
+        self._add("router", "router", "router", self.spec.extra_flags("router", "router"), 0, self.spec.port)
         self._wait_listening([*self.spec.kvstores, "router"], deadline_s)
         for name, role, node in self.spec.workers:
             store = self.address_of(self.spec.kvstores[node])
             flags = self.spec.flags_of_worker(name, role, store, self.address)
-            self._add(name, role, "prefill" if role == "prefill" else "decode", flags)
+            self._add(name, role, "prefill" if role == "prefill" else "decode", flags, node)
         self._wait_listening([name for name, _, _ in self.spec.workers], deadline_s)
 
-    def _add(self, name: str, role: str, service: str, flags: list[str], port: int = 0) -> None:
-        env = self.spec.extra_env(role, name)
-        self._processes[name] = ServiceProcess(name, service, flags, env, self.run_dir, port)
+    def _add(self, name: str, role: str, service: str, flags: list[str], node: int, port: int = 0) -> None:
+        env, place = self.spec.extra_env(role, name), self.spec.place(node)
+        self._processes[name] = ServiceProcess(name, service, flags, env, self.run_dir, port, place)
         self._launch(self._processes[name])
 
     def _launch(self, process: ServiceProcess) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import headway
@@ -21,6 +22,20 @@ class FleetError(Exception):
     """A process of the fleet failed; the message has the tail of its log."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a node's processes run: the address that they listen on, and what comes before their command (nsenter, …).
+
+    What comes before must become the process (exec), not start it.
+    """
+
+    host: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+
+
+LOOPBACK = Place()
+
+
 class ServiceProcess:
     """`python -m services.SERVICE.server` with flags and a port file; the port stays the same over restarts.
 
@@ -28,13 +43,21 @@ class ServiceProcess:
     """
 
     def __init__(
-        self, name: str, service: str, flags: Sequence[str], env: Mapping[str, str], run_dir: Path, port: int
+        self,
+        name: str,
+        service: str,
+        flags: Sequence[str],
+        env: Mapping[str, str],
+        run_dir: Path,
+        port: int,
+        place: Place = LOOPBACK,
     ) -> None:
         self.name = name
         self.port = port
         self.log = run_dir / f"{name}.log"
         self.started_s = 0.0
         self._service = service
+        self._place = place
         self._flags = list(flags)
         self._env = dict(env)
         self._port_file = run_dir / f"{name}.port"
@@ -49,7 +72,7 @@ class ServiceProcess:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self._place.host}:{self.port}"
 
     @property
     def alive(self) -> bool:
@@ -60,8 +83,18 @@ class ServiceProcess:
         if self.alive:
             return
         self._port_file.unlink(missing_ok=True)
-        command = [sys.executable, "-I", "-S", shim.__file__, str(os.getpid()), sys.executable, "-P", "-m"]
-        command += [f"services.{self._service}.server", "--host", "127.0.0.1"]
+        command = [
+            *self._place.prefix,
+            sys.executable,
+            "-I",
+            "-S",
+            shim.__file__,
+            str(os.getpid()),
+            sys.executable,
+            "-P",
+            "-m",
+        ]
+        command += [f"services.{self._service}.server", "--host", self._place.host]
         command += ["--port", str(self.port), "--port-file", str(self._port_file), *self._flags]
         with self.log.open("ab") as log:
             # A group of its own: Ctrl-C in a terminal reaches only the parent, which stops its children in order.

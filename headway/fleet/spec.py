@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from headway.fleet.process import LOOPBACK, Place
+
 MODEL_SLAB_BYTES = 1 << 30
 SIM_SLAB_BYTES = 64 << 20
 
@@ -19,6 +21,8 @@ class FleetSpec:
     `slab_bytes` is per kvstore (None: 1 GiB, or 64 MiB for simulated engines), `threads` per worker (None: the cores
     shared evenly). `worker_flags` go to every worker; `flags` and `env` add to those of a role ("kvstore", "router",
     "prefill", "decode", "mixed") or of one process ("decode-1"). `supervise` restarts what dies, on its old port.
+
+    `places` are those of the nodes (none: all on loopback); the router runs at the first.
 
     Raises ValueError.
     """
@@ -36,8 +40,11 @@ class FleetSpec:
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     supervise: bool = False
+    places: Sequence[Place] = ()
 
     def __post_init__(self) -> None:
+        if self.places and len(self.places) != self.nodes:
+            raise ValueError(f"{len(self.places)} places were given for {self.nodes} nodes")
         if min(self.prefill, self.decode, self.mixed) < 0 or self.nodes < 1:
             raise ValueError("a fleet cannot have a negative number of workers, nor less than one node")
         if not self.mixed and not (self.prefill and self.decode):
@@ -53,10 +60,14 @@ class FleetSpec:
     def kvstores(self) -> list[str]:
         return ["kvstore", *(f"kvstore-{node}" for node in range(1, self.nodes))]
 
+    def place(self, node: int) -> Place:
+        return self.places[node] if self.places else LOOPBACK
+
     def flags_of_kvstore(self, node: int, slab_name: str, run_dir: str) -> list[str]:
         default = SIM_SLAB_BYTES if self.engine == "sim" else MODEL_SLAB_BYTES
         slab_bytes = default if self.slab_bytes is None else self.slab_bytes
         flags = ["--node-id", f"node-{node}", "--slab-bytes", str(slab_bytes), "--slab-name", slab_name]
+        flags += ["--transfer-host", self.place(node).host]
         return [*flags, "--run-dir", run_dir, *self.extra_flags("kvstore", self.kvstores[node])]
 
     def flags_of_worker(self, name: str, role: str, kvstore: str, router: str) -> list[str]:

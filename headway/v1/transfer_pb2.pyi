@@ -28,6 +28,9 @@ class ConnectRequest(_message.Message):
     FOLLOW_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     OPEN_SOCKET_FIELD_NUMBER: _builtins.int
+    OPEN_NIXL_FIELD_NUMBER: _builtins.int
+    MOVE_NIXL_FIELD_NUMBER: _builtins.int
+    CLOSE_NIXL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___PeerHello: ...
     @_builtins.property
@@ -38,6 +41,12 @@ class ConnectRequest(_message.Message):
     def release(self) -> Global___ReleasePin: ...
     @_builtins.property
     def open_socket(self) -> Global___OpenSocket: ...
+    @_builtins.property
+    def open_nixl(self) -> Global___OpenNixl: ...
+    @_builtins.property
+    def move_nixl(self) -> Global___MoveNixl: ...
+    @_builtins.property
+    def close_nixl(self) -> Global___CloseNixl: ...
     def __init__(
         self,
         *,
@@ -46,12 +55,15 @@ class ConnectRequest(_message.Message):
         follow: Global___FollowSequence | None = ...,
         release: Global___ReleasePin | None = ...,
         open_socket: Global___OpenSocket | None = ...,
+        open_nixl: Global___OpenNixl | None = ...,
+        move_nixl: Global___MoveNixl | None = ...,
+        close_nixl: Global___CloseNixl | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "hello", b"hello", "message", b"message", "open_socket", b"open_socket", "pin", b"pin", "release", b"release"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close_nixl", b"close_nixl", "follow", b"follow", "hello", b"hello", "message", b"message", "move_nixl", b"move_nixl", "open_nixl", b"open_nixl", "open_socket", b"open_socket", "pin", b"pin", "release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "hello", b"hello", "message", b"message", "open_socket", b"open_socket", "pin", b"pin", "release", b"release"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_nixl", b"close_nixl", "follow", b"follow", "hello", b"hello", "message", b"message", "move_nixl", b"move_nixl", "open_nixl", b"open_nixl", "open_socket", b"open_socket", "pin", b"pin", "release", b"release"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "pin", "follow", "release", "open_socket"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "pin", "follow", "release", "open_socket", "open_nixl", "move_nixl", "close_nixl"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -187,30 +199,153 @@ class OpenSocket(_message.Message):
 Global___OpenSocket: _TypeAlias = OpenSocket  # noqa: Y015
 
 @_typing.final
+class NixlCard(_message.Message):
+    """A NIXL agent and the slab that is registered with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METADATA_FIELD_NUMBER: _builtins.int
+    SLAB_ADDRESS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    PROBE_ADDRESS_FIELD_NUMBER: _builtins.int
+    LANDING_ADDRESS_FIELD_NUMBER: _builtins.int
+    metadata: _builtins.bytes
+    slab_address: _builtins.int
+    """Slots lie `stride` bytes apart from here on."""
+    slots: _builtins.int
+    stride: _builtins.int
+    probe_address: _builtins.int
+    """Apart from the slab: what a probe reads, and where it lands."""
+    landing_address: _builtins.int
+    def __init__(
+        self,
+        *,
+        metadata: _builtins.bytes = ...,
+        slab_address: _builtins.int = ...,
+        slots: _builtins.int = ...,
+        stride: _builtins.int = ...,
+        probe_address: _builtins.int = ...,
+        landing_address: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["landing_address", b"landing_address", "metadata", b"metadata", "probe_address", b"probe_address", "slab_address", b"slab_address", "slots", b"slots", "stride", b"stride"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NixlCard: _TypeAlias = NixlCard  # noqa: Y015
+
+@_typing.final
+class OpenNixl(_message.Message):
+    """The reader's agent; NixlOpened answers. A stream has one at a time: a new one ends the one before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CARD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def card(self) -> Global___NixlCard: ...
+    def __init__(
+        self,
+        *,
+        card: Global___NixlCard | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["card", b"card"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenNixl: _TypeAlias = OpenNixl  # noqa: Y015
+
+@_typing.final
+class MoveNixl(_message.Message):
+    """Blocks are wanted; NixlMoved answers once the source has written their bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    checksum: _builtins.bool
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of the reader, one for each slot."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
+        generations: _abc.Iterable[_builtins.int] | None = ...,
+        targets: _abc.Iterable[_builtins.int] | None = ...,
+        checksum: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "generations", b"generations", "request_id", b"request_id", "slots", b"slots", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveNixl: _TypeAlias = MoveNixl  # noqa: Y015
+
+@_typing.final
+class CloseNixl(_message.Message):
+    """The reader's agent is no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseNixl: _TypeAlias = CloseNixl  # noqa: Y015
+
+@_typing.final
 class ConnectResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WELCOME_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     SOCKET_FIELD_NUMBER: _builtins.int
+    NIXL_OPENED_FIELD_NUMBER: _builtins.int
+    NIXL_MOVED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___PeerWelcome: ...
     @_builtins.property
     def held(self) -> Global___BlocksHeld: ...
     @_builtins.property
     def socket(self) -> Global___SocketOpened: ...
+    @_builtins.property
+    def nixl_opened(self) -> Global___NixlOpened: ...
+    @_builtins.property
+    def nixl_moved(self) -> Global___NixlMoved: ...
     def __init__(
         self,
         *,
         welcome: Global___PeerWelcome | None = ...,
         held: Global___BlocksHeld | None = ...,
         socket: Global___SocketOpened | None = ...,
+        nixl_opened: Global___NixlOpened | None = ...,
+        nixl_moved: Global___NixlMoved | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "message", b"message", "socket", b"socket", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "message", b"message", "nixl_moved", b"nixl_moved", "nixl_opened", b"nixl_opened", "socket", b"socket", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "message", b"message", "socket", b"socket", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "message", b"message", "nixl_moved", b"nixl_moved", "nixl_opened", b"nixl_opened", "socket", b"socket", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "held", "socket"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "held", "socket", "nixl_opened", "nixl_moved"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -310,6 +445,65 @@ class SocketOpened(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SocketOpened: _TypeAlias = SocketOpened  # noqa: Y015
+
+@_typing.final
+class NixlOpened(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CARD_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    error: _builtins.str
+    """Set when there is none; one sentence."""
+    @_builtins.property
+    def card(self) -> Global___NixlCard: ...
+    def __init__(
+        self,
+        *,
+        card: Global___NixlCard | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["card", b"card"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "error", b"error"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NixlOpened: _TypeAlias = NixlOpened  # noqa: Y015
+
+@_typing.final
+class NixlMoved(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CURRENT_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    error: _builtins.str
+    """Set when the transfer failed, which may have left something on its way; one sentence."""
+    @_builtins.property
+    def current(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """For each slot: whether it still was what the reader took it for, after its bytes had moved."""
+
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """xxh3_64 of each, when asked for."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        current: _abc.Iterable[_builtins.bool] | None = ...,
+        checksums: _abc.Iterable[_builtins.int] | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "current", b"current", "error", b"error", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NixlMoved: _TypeAlias = NixlMoved  # noqa: Y015
 
 @_typing.final
 class ReadBlocksRequest(_message.Message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
@@ -25,13 +26,13 @@ class Memory(ABC):
     """
 
     def __init__(self) -> None:
-        self._stride = 0
+        self.stride = 0
         self._pool = SlotPool(ForgetfulRecords(0))
         self._probe = self._landing = memoryview(b"")
         self.slot_bytes = 0
 
     def lay_out(self, slot_bytes: int, stride: int, pool: SlotPool) -> None:
-        self.slot_bytes, self._stride, self._pool = slot_bytes, stride, pool
+        self.slot_bytes, self.stride, self._pool = slot_bytes, stride, pool
         self._probe = memoryview(bytearray(b"headway " * (slot_bytes // 8 + 1))[:slot_bytes])
         self._landing = memoryview(bytearray(slot_bytes))
 
@@ -47,6 +48,10 @@ class Memory(ABC):
 
     def has(self, slot: int) -> bool:
         return slot < self._pool.total or slot == PROBE_SLOT
+
+    @property
+    def slots(self) -> int:
+        return self._pool.total
 
     def current(self, slot: int, generation: int) -> bool:
         """The slot has not been given out anew since it had this generation."""
@@ -78,8 +83,12 @@ class SlabMemory(Memory):
             return self._probe
         if slot == LANDING_SLOT:
             return self._landing
-        start = slot * self._stride
+        start = slot * self.stride
         return self._bytes[start : start + self.slot_bytes]
+
+    def address(self, slot: int) -> int:
+        """Where the slot begins in this process; slots of the slab lie `stride` bytes apart."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.view(slot)))
 
     def outgoing(self, slots: Sequence[int]) -> Pieces:
         yield [self.view(slot) for slot in slots]

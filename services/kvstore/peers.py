@@ -16,10 +16,11 @@ from headway.runtime.channels import open_channel
 from headway.runtime.convert import kv_format_to_proto
 from headway.v1 import kvstore_pb2, transfer_pb2_grpc
 from headway.v1 import transfer_pb2 as pb
-from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT
+from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT, SlabMemory
 from services.kvstore.node import Node
 from services.kvstore.planes.contract import Checksums, Copied, Move, Plane, PlaneError, Urgency
 from services.kvstore.planes.grpc_plane import GrpcPlane
+from services.kvstore.planes.nixl_plane import NixlPlane
 from services.kvstore.planes.socket_plane import SocketPlane
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class _Link:
     rates: dict[str, float] = field(default_factory=dict)
     held: dict[int, asyncio.Queue[pb.BlocksHeld]] = field(default_factory=dict)
     sockets: dict[int, asyncio.Future[pb.SocketOpened]] = field(default_factory=dict)
+    # The last one that was opened, also before it is among the planes.
+    nixl: NixlPlane | None = None
     repaired_s: float = 0.0
     broken: bool = False
 
@@ -216,6 +219,8 @@ class Peer:
             link.broken = True
             for plane in link.planes.values():
                 plane.close()
+            if link.nixl is not None:
+                link.nixl.close()
             for queue in link.held.values():
                 queue.put_nowait(pb.BlocksHeld())
             for opened in link.sockets.values():
@@ -234,6 +239,9 @@ class Peer:
             if response.HasField("held"):
                 if queue := link.held.get(response.held.pull_id):
                     queue.put_nowait(response.held)
+            elif response.HasField("nixl_opened") or response.HasField("nixl_moved"):
+                if link.nixl is not None:
+                    link.nixl.heard(response)
             elif opened := link.sockets.pop(response.socket.request_id, None):
                 opened.set_result(response.socket)
 
@@ -263,6 +271,12 @@ class Peer:
             by_grpc = GrpcPlane(node.memory, self._checksums, timeout_s)
             by_grpc.open(link.channel, link.welcome.secret)
             return by_grpc
+        if name == "nixl":
+            if not isinstance(node.memory, SlabMemory):
+                raise PlaneError("NIXL moves slabs in host memory only")
+            link.nixl = NixlPlane(node.memory, self._checksums, timeout_s, link.out.put_nowait)
+            await link.nixl.open(node.config.node_id)
+            return link.nixl
         by_socket = SocketPlane(node.memory, self._checksums, timeout_s)
 
         async def ask() -> tuple[int, bytes]:

@@ -21,6 +21,8 @@ from services.kvstore.device_keeper import DeviceKeeper
 from services.kvstore.device_memory import DeviceMemory
 from services.kvstore.memory import Memory, SlabMemory
 from services.kvstore.node import Node
+from services.kvstore.planes.nixl_agent import NixlError, load_nixl
+from services.kvstore.planes.nixl_source import NixlSource
 from services.kvstore.planes.socket_source import SocketSource
 from services.kvstore.pulls import Pulls
 from services.kvstore.restart import Keeper
@@ -43,6 +45,7 @@ async def serve(config: KvStoreConfig) -> None:
         kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"].full_name,
         transfer_pb2.DESCRIPTOR.services_by_name["TransferService"].full_name,
     ]
+    await asyncio.to_thread(_check_nixl, config)
     server = GrpcServer(services)
     port = server.listen(config.host, config.port)
     keeper, memory = await asyncio.to_thread(open_slab, config)
@@ -50,7 +53,8 @@ async def serve(config: KvStoreConfig) -> None:
         node = Node(config, keeper, memory)
         pulls, tiering = Pulls(node), Tiering(node)
         sockets = _socket_source(config, memory)
-        transfers = TransferServicer(node, sockets, serve_bytes="grpc" in config.planes)
+        nixl = _nixl_source(config, memory)
+        transfers = TransferServicer(node, sockets, nixl, serve_bytes="grpc" in config.planes)
         add_transfers(server.server, transfers)
         descriptors = DescriptorSocket(node, Path(config.run_dir).resolve())
         servicer = KvStoreServicer(node, str(descriptors.path))
@@ -72,10 +76,27 @@ async def serve(config: KvStoreConfig) -> None:
             await tiering.close()
             if sockets is not None:
                 sockets.close()
+            if nixl is not None:
+                await asyncio.to_thread(nixl.close)
             if isinstance(keeper, DeviceKeeper):
                 await node.abandoned(LET_GO_S)
     finally:
         keeper.remove()
+
+
+def _check_nixl(config: KvStoreConfig) -> None:
+    """Raises HeadwayError where the plane is named but NIXL is not there."""
+    if "nixl" in config.planes:
+        try:
+            load_nixl()
+        except NixlError as error:
+            raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
+
+
+def _nixl_source(config: KvStoreConfig, memory: Memory) -> NixlSource | None:
+    if "nixl" not in config.planes or not isinstance(memory, SlabMemory):
+        return None
+    return NixlSource(memory, config.node_id)
 
 
 def open_slab(config: KvStoreConfig) -> tuple[Keeper | DeviceKeeper, Memory]:

@@ -15,6 +15,7 @@ from headway.v1 import transfer_pb2 as pb
 from headway.v1 import transfer_pb2_grpc
 from services.kvstore.node import Node
 from services.kvstore.planes.grpc_plane import pieces
+from services.kvstore.planes.nixl_source import NixlSource
 from services.kvstore.planes.socket_source import SocketSource
 from services.kvstore.readers import Reader
 
@@ -37,11 +38,12 @@ def add_transfers(server: grpc.aio.Server, servicer: TransferServicer) -> None:
 
 
 class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
-    """`sockets` is None where the socket plane is switched off; `serve_bytes` says whether the gRPC plane is on."""
+    """`sockets` and `nixl` are None where that plane is switched off; `serve_bytes`: whether the gRPC plane is on."""
 
-    def __init__(self, node: Node, sockets: SocketSource | None, *, serve_bytes: bool) -> None:
+    def __init__(self, node: Node, sockets: SocketSource | None, nixl: NixlSource | None, *, serve_bytes: bool) -> None:
         self._node = node
         self._sockets = sockets
+        self._nixl = nixl
         self._serve_bytes = serve_bytes
 
     async def Connect(
@@ -70,6 +72,8 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
             node.settle()
             if self._sockets is not None:
                 self._sockets.dismiss(reader)
+            if self._nixl is not None:
+                self._nixl.dismiss(reader)
 
     async def _hello(self, requests: AsyncIterator[pb.ConnectRequest], context: Context) -> Reader:
         first = await anext(requests, None)
@@ -97,6 +101,8 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
                     reader.release(request.release.pull_id)
                 elif kind == "open_socket":
                     self._open_socket(request.open_socket, reader)
+                elif kind in ("open_nixl", "move_nixl", "close_nixl"):
+                    self._to_nixl(request, reader)
                 self._node.settle()
         except Exception:
             log.exception("peer=%s event=connect_failed", reader.joiner)
@@ -108,6 +114,13 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
         if self._sockets is not None:
             opened.port, opened.secret = self._sockets.port, self._sockets.admit(reader)
         reader.put(pb.ConnectResponse(socket=opened))
+
+    def _to_nixl(self, request: pb.ConnectRequest, reader: Reader) -> None:
+        if self._nixl is not None:
+            self._nixl.heard(request, reader)
+        elif request.HasField("open_nixl"):
+            refused = pb.NixlOpened(error="this node does not serve the plane nixl")
+            reader.put(pb.ConnectResponse(nixl_opened=refused))
 
     async def ReadBlocks(  # type: ignore[override]
         self, request: pb.ReadBlocksRequest, context: ReadContext

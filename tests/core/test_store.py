@@ -440,3 +440,37 @@ def test_a_reclaim_is_repeated_while_somebody_waits() -> None:
     bench.store.instructions()
     bench.store.tick(2.0)
     assert bench.store.instructions() == []
+
+
+def test_a_block_is_announced_as_long_as_slab_or_tier_has_it() -> None:
+    bench = Bench(slots=3)
+    events, (first, second) = bench.store.events, keys([1] * 8)
+
+    def told() -> list[tuple[bytes, bool]]:
+        new = [(key, event.removed) for event in events.since(told_upto[0]) or [] for key in event.keys]
+        told_upto[0] = events.last
+        return new
+
+    told_upto = [0]
+    bench.cached([1] * 8)
+    assert told() == [(first, False), (second, False)]
+    bench.store.below_changed([second], [])
+    assert told() == []
+    # Both leave the slab; the tier has one of them.
+    bench.granted("p", [2] * 12)
+    assert told() == [(first, True)]
+    assert bench.store.snapshot() == [second]
+    bench.store.below_changed([], [second, first])
+    assert told() == [(second, True)]
+    bench.store.below_changed([first], [])
+    assert told() == [(first, False)]
+
+
+def test_what_a_tier_has_is_not_announced_again_when_it_comes_back() -> None:
+    bench = Bench()
+    bench.store.below_changed(keys([1] * 4), [])
+    last = bench.store.events.last
+    bench.cached([1] * 4)
+    assert bench.store.events.last == last
+    bench.store.below_changed([], keys([1] * 4))
+    assert bench.store.events.last == last

@@ -13,6 +13,7 @@ from headway.core.instructions import Offer, Reclaim, Reply, StartPull, StopPull
 from headway.core.keys import block_keys
 from headway.core.leases import PULL, Added, Changed, Granted, Result, Source
 from headway.core.records import ForgetfulRecords
+from headway.core.restore import restore
 from headway.core.store import Store
 
 BLOCK = 4
@@ -42,7 +43,9 @@ class Held:
 class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.store = Store(ForgetfulRecords(SLOTS), BLOCK, handoff_hold_s=5.0)
+        # They outlive the store.
+        self.records = ForgetfulRecords(SLOTS)
+        self.store = Store(self.records, BLOCK, handoff_hold_s=5.0)
         self.store.readers.add(READER)
         # Prompts of leases that blocks are being fetched for: until that ends, nobody else touches their slots.
         self.pulling: dict[int, list[int]] = {}
@@ -148,11 +151,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.take(session, self.last, result)
         self.listen()
 
-    @rule(data=st.data(), keep=st.booleans())
-    def tier(self, data: st.DataObject, keep: bool) -> None:
+    @rule(data=st.data(), keep=st.booleans(), here=st.booleans())
+    def tier(self, data: st.DataObject, keep: bool, here: bool) -> None:
         """A tier below the slab has taken blocks, whether they are still in the slab or not; or gave some up."""
+        cached = sorted(block.key for block in self.store.cache)
         anything = sorted({key for prompt in PROMPTS for key in block_keys(b"n", prompt, BLOCK)})
-        keys = data.draw(st.lists(st.sampled_from(anything), unique=True, max_size=5))
+        keys = data.draw(st.lists(st.sampled_from(cached if here and cached else anything), unique=True, max_size=5))
         self.store.below_changed(keys if keep else [], [] if keep else keys)
 
     @precondition(lambda self: self.usable)
@@ -316,6 +320,24 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.resolve(session)
         self.listen()
 
+    @rule(dead=st.sets(st.sampled_from(SESSIONS)))
+    def crash(self, dead: set[str]) -> None:
+        """The store dies and starts again from its records; some of its workers died, too, others may still write."""
+        alive = [session for session in SESSIONS if session not in dead]
+        writing = {session: set(self.ghosts.get(session, ())) for session in alive}
+        for held in self.usable.values():
+            if held.session in writing:
+                writing[held.session] |= held.writable()
+        sealed = {block.key: block.slot for block in self.store.cache}
+        self.ghosts = writing
+        self.held, self.asked, self.extending, self.joined = {}, {}, {}, {}
+        self.pulling, self.read = {}, set()
+        self.store = restore(self.records, BLOCK, 5.0, alive)
+        self.store.readers.add(READER)
+        assert {block.key: block.slot for block in self.store.cache} == sealed
+        # Whoever watches gets a snapshot of the new epoch.
+        self.known, self.seen = set(self.store.snapshot()), self.store.events.last
+
     @rule(seconds=st.sampled_from([1.0, 6.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
@@ -345,8 +367,10 @@ class StoreMachine(RuleBasedStateMachine):
     def what_a_joiner_reads_is_never_given_away(self) -> None:
         for lease_id, slots in self.joined.items():
             assert not self.store.pool.free_slots() & slots
-            for held in self.held.values():
+            for held in self.usable.values():
                 assert held.lease_id == lease_id or not held.writable() & slots
+            for pulling in self.pulling:
+                assert pulling == lease_id or not set(self.store.leases[pulling].own) & slots
 
     @invariant()
     def what_another_node_reads_stays(self) -> None:

@@ -1,8 +1,11 @@
-"""The default model over two and four nodes: greedy output equals transformers' generate, by every plane."""
+"""The default model over two and four nodes, each in a network namespace of its own where root may make them: greedy
+output equals transformers' generate, by every plane.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -11,6 +14,7 @@ import pytest
 from headway.fleet import Fleet, FleetSpec
 from headway.runtime.channels import open_channel
 from headway.v1 import router_pb2, router_pb2_grpc
+from tests.integration.namespaces import places_of
 from tests.reference import NEW_TOKENS, check_equal, model_folder, prompts, reference
 from tests.support import generate, request, settled
 
@@ -33,12 +37,22 @@ def pairs(nodes: int) -> list[tuple[str, str]]:
     return [(f"prefill-{node}", f"decode-{(node + 1) % nodes}") for node in range(nodes)]
 
 
-@pytest.mark.parametrize(("nodes", "plane"), [(2, "socket"), (2, "grpc"), (4, "socket")])
+@pytest.mark.parametrize(
+    ("nodes", "plane"),
+    [
+        (2, "socket"),
+        (2, "grpc"),
+        pytest.param(2, "nixl", marks=pytest.mark.nixl),
+        (4, "socket"),
+        (4, "grpc"),
+        pytest.param(4, "nixl", marks=pytest.mark.nixl),
+    ],
+)
 async def test_greedy_output_across_nodes(nodes: int, plane: str, tmp_path: Path) -> None:
     flags = {"kvstore": ("--planes", plane, "--checksum", "all")}
     spec = FleetSpec(nodes, nodes, nodes=nodes, slab_bytes=256 << 20, flags=flags, threads=1)
     wanted = [reference(prompts()[at]) for at in SOME]
-    with Fleet(spec, tmp_path) as fleet:
+    with places_of(nodes) as places, Fleet(replace(spec, places=places), tmp_path) as fleet:
         fleet.wait_ready(120)
         async with open_channel(fleet.address) as channel:
             stub = router_pb2_grpc.RouterServiceStub(channel)
@@ -54,6 +68,7 @@ async def test_greedy_output_across_nodes(nodes: int, plane: str, tmp_path: Path
                 return out.tokens
 
             answers = await asyncio.gather(*(answer(at, number) for number, at in enumerate(SOME)))
+        assert len({fleet.address_of(name).rpartition(":")[0] for name in spec.kvstores}) == (len(places) or 1)
         for name in spec.kvstores:
             figures = await settled(fleet.address_of(name))
             assert all(peer.plane == plane for peer in figures.peers)

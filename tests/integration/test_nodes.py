@@ -28,7 +28,7 @@ def spec(planes: str, *kvstore_flags: str) -> FleetSpec:
     )
 
 
-@pytest.fixture(scope="module", params=["socket", "grpc"])
+@pytest.fixture(scope="module", params=["socket", "grpc", pytest.param("nixl", marks=pytest.mark.nixl)])
 def nodes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Fleet]]:
     with Fleet(spec(request.param), tmp_path_factory.mktemp("nodes")) as fleet:
         fleet.wait_ready(60)

@@ -28,6 +28,7 @@ from headway.v1 import kvstore_pb2_grpc
 
 FORMAT = simulated_card().kv_format
 BLOCK = 16
+RUST = (b"/rustc/", b"rust_panic", b"rust_eh_personality")
 
 
 def kvstore(run_dir: Path, slab_bytes: int = 256 << 10, *flags: str) -> ServiceProcess:
@@ -159,3 +160,12 @@ async def until(address: str, holds: Callable[[pb.StatsResponse], bool], seconds
         while not holds(reply := await stats(address)):
             await asyncio.sleep(0.02)
     return reply
+
+
+def rust_built(pid: int | str) -> list[str]:
+    """The shared objects mapped by a process that bear a mark of the Rust compiler."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    files = {Path(line.split(maxsplit=5)[5]) for line in lines if len(line.split(maxsplit=5)) == 6}
+    objects = [file for file in files if ".so" in file.name and file.is_file()]
+    assert objects
+    return [str(file) for file in objects if any(mark in file.read_bytes() for mark in RUST)]

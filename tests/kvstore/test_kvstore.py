@@ -20,10 +20,9 @@ from headway.runtime.channels import open_channel
 from headway.slab.descriptor import fetch_descriptor
 from headway.v1 import kvstore_pb2 as pb
 from headway.v1 import kvstore_pb2_grpc
-from tests.kvstore.rig import acquire, attached, kvstore, release, running, seal, slab_file, stats, until
+from tests.kvstore.rig import acquire, attached, kvstore, release, running, rust_built, seal, slab_file, stats, until
 
 A = list(range(40))
-RUST = (b"/rustc/", b"rust_panic", b"rust_eh_personality")
 
 
 @pytest.fixture
@@ -207,15 +206,6 @@ async def test_checksums_change_only_with_the_bytes(store: ServiceProcess) -> No
         slab[granted.granted.slots[1], 5] ^= 1
         after = (await stats(store.address, checksum_blocks=True)).checksums
         assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
-
-
-def rust_built(pid: int | str) -> list[str]:
-    """The shared objects mapped by a process that bear a mark of the Rust compiler."""
-    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    files = {Path(line.split(maxsplit=5)[5]) for line in lines if len(line.split(maxsplit=5)) == 6}
-    objects = [file for file in files if ".so" in file.name and file.is_file()]
-    assert objects
-    return [str(file) for file in objects if any(mark in file.read_bytes() for mark in RUST)]
 
 
 async def test_a_serving_kvstore_has_nothing_built_in_rust(store: ServiceProcess) -> None:

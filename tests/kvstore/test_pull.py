@@ -15,7 +15,7 @@ from headway.core.model import KvFormat, LayerGroup
 from headway.v1 import kvstore_pb2 as pb
 from tests.kvstore.faulty import Fault
 from tests.kvstore.pulling import BLOCK, NAMESPACE, SLOT_BYTES, SLOTS, WIDE, Pair, acquire, pair
-from tests.kvstore.rig import attached, release, slab_file, stats, until
+from tests.kvstore.rig import attached, release, rust_built, slab_file, stats, until
 
 FORTY = list(range(40 * BLOCK))
 TAIL = 7
@@ -42,6 +42,7 @@ async def test_a_prefix_comes_with_its_bytes(two: Pair) -> None:
     (peer,) = (await two.reader.stats()).peers
     assert (peer.plane, peer.node_id, peer.blocks, peer.fallbacks) == ("socket", "source", 40, 0)
     assert two.data.passed > 40 * SLOT_BYTES
+    assert rust_built(two.source.process.pid) == rust_built(two.reader.process.pid) == []
     await two.reader.worker.run(release(lease_id))
     await all_free(two)
 

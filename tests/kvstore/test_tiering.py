@@ -18,7 +18,7 @@ from headway.v1 import kvstore_pb2 as pb
 from headway.v1 import kvstore_pb2_grpc
 from tests.kvstore.pulling import BLOCK, NAMESPACE, SLOT_BYTES, SLOTS, WIDE, Side, acquire
 from tests.kvstore.redis_rig import Server
-from tests.kvstore.rig import attached, kvstore, release, running, slab_file, until
+from tests.kvstore.rig import attached, kvstore, release, running, rust_built, slab_file, until
 
 # Half of the slab is written ahead.
 QUARTER = SLOTS // 4
@@ -226,6 +226,7 @@ async def test_what_one_node_evicted_another_one_takes_from_the_server(tmp_path:
         await asyncio.sleep(0.2)
         await push_out(one, *FIRST_OUT)
         pulled = await bring_up(two, [*prompt(1), 9])
+        assert rust_built(two.process.pid) == []
         assert pulled.cached_tokens == len(prompt(1))
         assert pulled.bytes == len(prompt(1)) // BLOCK * SLOT_BYTES
 

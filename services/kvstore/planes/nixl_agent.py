@@ -1,0 +1,202 @@
+"""A NIXL agent over UCX, the slab registered with it, and the one thread that may use it.
+
+NIXL's own progress thread is off: it would take a core. The thread here makes progress every 0.1 ms while something is
+expected, and sleeps otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import itertools
+import logging
+import os
+import queue
+import secrets
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from headway.v1 import transfer_pb2 as pb
+from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT, SlabMemory
+
+log = logging.getLogger(__name__)
+
+# The package nixl chooses one of the others, and may import torch to do so.
+MODULES = ("nixl_cu12", "nixl_cu13", "nixl")
+LOOK_S = 1e-4
+MEMORY = "DRAM"
+DONE, MOVING = "DONE", "PROC"
+
+
+class NixlError(Exception):
+    """NIXL is not there, or refused something; one sentence."""
+
+
+def load_nixl() -> Any:
+    """NIXL's Python API. Raises NixlError where no build of it can be imported."""
+    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+    reason = ""
+    for name in MODULES:
+        try:
+            return importlib.import_module(f"{name}._api")
+        except ImportError as error:
+            reason = reason if isinstance(error, ModuleNotFoundError) else f" ({name}: {error})"
+    raise NixlError(
+        f"the plane nixl needs the package NIXL, which cannot be imported{reason}: "
+        "install the extra (pip install 'headway[nixl]'), or leave nixl out of the setting planes"
+    )
+
+
+class Remote(NamedTuple):
+    """Another agent whose slab is prepared for transfers."""
+
+    name: str
+    slots: int
+
+
+class Agent:
+    """One agent, used by one thread. Methods raise what NIXL raises.
+
+    Nothing of NIXL leaves it: a handle held elsewhere would keep the native agent alive after `destroy`.
+    """
+
+    def __init__(self, name: str, memory: SlabMemory) -> None:
+        api = load_nixl()
+        options = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self._nixl = api.nixl_agent(f"{name}-{secrets.token_hex(8)}", options)
+        self.slots, self._slot_bytes = memory.slots, memory.slot_bytes
+        card = pb.NixlCard(
+            slab_address=memory.address(0),
+            slots=memory.slots,
+            stride=memory.stride,
+            probe_address=memory.address(PROBE_SLOT),
+            landing_address=memory.address(LANDING_SLOT),
+        )
+        extra = [(address, self._slot_bytes, 0, "") for address in (card.probe_address, card.landing_address)]
+        slab = (card.slab_address, card.stride * card.slots, 0, "")
+        self._registered = self._nixl.register_memory([slab, *extra], MEMORY)
+        card.metadata = self._nixl.get_agent_metadata()
+        self.card = card
+        self._mine = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", self._descriptors(card), MEMORY)
+        self._theirs: dict[str, Any] = {}
+        self._transfers: dict[int, Any] = {}
+        self._numbers = itertools.count()
+
+    def _descriptors(self, card: pb.NixlCard) -> list[tuple[int, int, int]]:
+        """(address, bytes, device) of every slot, of the probe, and of where it lands: see `_index`."""
+        size = self._slot_bytes
+        slab = [(card.slab_address + slot * card.stride, size, 0) for slot in range(card.slots)]
+        return [*slab, (card.probe_address, size, 0), (card.landing_address, size, 0)]
+
+    def meet(self, card: pb.NixlCard) -> Remote:
+        added: bytes | str = self._nixl.add_remote_agent(card.metadata)
+        name = added.decode() if isinstance(added, bytes) else added
+        self._theirs[name] = self._nixl.prep_xfer_dlist(name, self._descriptors(card), MEMORY)
+        return Remote(name, card.slots)
+
+    def part(self, remote: Remote) -> None:
+        """No transfer with it any more; what is on its way may go on."""
+        self._nixl.release_dlist_handle(self._theirs.pop(remote.name))
+        self._nixl.remove_remote_agent(remote.name)
+
+    def write(self, mine: Sequence[int], remote: Remote, theirs: Sequence[int]) -> int:
+        """Start to write own slots into the remote's; the transfer's number."""
+        local = [_index(slot, self.slots) for slot in mine]
+        there = [_index(slot, remote.slots) for slot in theirs]
+        prepared = self._theirs[remote.name]
+        transfer = self._nixl.make_prepped_xfer("WRITE", self._mine, local, prepared, there, b"")
+        number = next(self._numbers)
+        self._transfers[number] = transfer
+        self._nixl.transfer(transfer)
+        return number
+
+    def state(self, transfer: int) -> str:
+        """DONE once all bytes are in place; looking makes progress."""
+        state: str = self._nixl.check_xfer_state(self._transfers[transfer])
+        return state
+
+    def end(self, transfer: int) -> None:
+        self._nixl.release_xfer_handle(self._transfers.pop(transfer))
+
+    def progress(self) -> None:
+        """Let other agents' transfers go on."""
+        self._nixl.get_new_notifs()
+
+    def destroy(self) -> bool:
+        """True: nobody can reach the registered memory any more, neither over TCP nor by RDMA."""
+        native = weakref.ref(self._nixl.agent)
+        self._transfers.clear()
+        self._theirs.clear()
+        del self._mine, self._registered, self._nixl
+        # An error's traceback may refer to it, too.
+        gc.collect()
+        return native() is None
+
+
+def _index(slot: int, slots: int) -> int:
+    return {PROBE_SLOT: slots, LANDING_SLOT: slots + 1}.get(slot, slot)
+
+
+class AgentThread:
+    """Makes an agent, runs jobs with it in order, and destroys it in the end.
+
+    `turn` is called after jobs, and again every LOOK_S as long as it returns True. `over` is called in the thread when
+    the agent is no more, with the reason ("" after `close`). Daemon: a process that exits does not wait for it.
+    """
+
+    def __init__(
+        self, name: str, memory: SlabMemory, turn: Callable[[Agent], bool], over: Callable[[str], None]
+    ) -> None:
+        self._turn = turn
+        self._over = over
+        self._jobs: queue.SimpleQueue[Callable[[Agent], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(name, memory), name="transfer-nixl", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[Agent], None]) -> None:
+        """One that raises ends the agent."""
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Returns at once; jobs submitted before are still run."""
+        self._jobs.put(None)
+
+    def join(self, seconds: float) -> None:
+        self._thread.join(seconds)
+
+    def _run(self, name: str, memory: SlabMemory) -> None:
+        reason, agent = "", None
+        try:
+            agent = Agent(name, memory)
+            self._work(agent)
+        except Exception as error:
+            reason = sentence(error)
+            error.__traceback__ = None
+        if agent is None or agent.destroy():
+            self._over(reason)
+        else:
+            # Rather slots that stay leased than slots that are written to behind their owner's back.
+            log.error("event=nixl_agent_lives_on name=%s", name)
+
+    def _work(self, agent: Agent) -> None:
+        expecting = False
+        while True:
+            job: Callable[[Agent], None] | None = nothing
+            with contextlib.suppress(queue.Empty):
+                job = self._jobs.get(timeout=LOOK_S if expecting else None)
+            if job is None:
+                return
+            job(agent)
+            expecting = self._turn(agent)
+
+
+def nothing(agent: Agent) -> None:
+    """The job of a turn without one."""
+
+
+def sentence(error: Exception) -> str:
+    """What NIXL said, with the name of the error, which says more."""
+    return f"{type(error).__name__}: {error}"
