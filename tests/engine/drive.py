@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from headway.core.sampling import Sampling
-from headway.engine.contract import Chunk, Draw, Engine
+from headway.engine.contract import Chunk, Draw, Engine, SlabArray
 
 
 @dataclass
@@ -25,15 +26,17 @@ class Running:
 
 
 class Driver:
-    """Runs sequences on an engine; tables are scattered over the slab at random."""
+    """Runs sequences on an engine; tables are scattered over the slab at random. `device` is the engine's."""
 
-    def __init__(self, engine: Engine, slots: int, seed: int = 0) -> None:
+    def __init__(self, engine: Engine, slots: int, seed: int = 0, device: str = "cpu") -> None:
         self.engine = engine
         stride = -(-engine.card.kv_format.slot_bytes // 4096) * 4096
-        self.slab = np.full((slots, stride), 0xFF, np.uint8)  # NaN in every float format
+        # NaN in every float format
+        self.slab = np.full((slots, stride), 0xFF, np.uint8)
+        self._bound: SlabArray = self.slab if device == "cpu" else torch.from_numpy(self.slab).to(device)
         self._block = engine.card.kv_format.block_size
         self._free = [int(slot) for slot in np.random.default_rng(seed).permutation(slots)]
-        engine.bind(self.slab)
+        engine.bind(self._bound)
 
     def start(
         self, prompt: Sequence[int], new: int, shared: Running | None = None, sampling: Sampling | None = None
@@ -48,13 +51,13 @@ class Driver:
 
     def prefill(self, running: Sequence[Running]) -> None:
         """Each prompt in a forward of its own, to its first token."""
-        self.engine.bind(self.slab)
+        self.engine.bind(self._bound)
         for sequence in running:
             self.step([sequence], 1 << 30)
 
     def run(self, running: Sequence[Running], new: int, chunks: Iterator[int]) -> list[list[int]]:
         """All together, prompts in chunks of the given sizes, until each has `new` outputs."""
-        self.engine.bind(self.slab)
+        self.engine.bind(self._bound)
         while active := [sequence for sequence in running if len(sequence.outputs) < new]:
             self.step(active, next(chunks))
         return [sequence.outputs for sequence in running]
