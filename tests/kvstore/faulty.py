@@ -1,12 +1,18 @@
-"""A TCP relay that spoils what the source sends, once, when it was told to."""
+"""A TCP relay that spoils what the source sends, once, when it was told to; and a way to cut what takes no relay."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import enum
+import errno
+import os
 import socket
 import struct
 import threading
+from pathlib import Path
+
+PIDFD_GETFD = 438
 
 
 class Fault(enum.Enum):
@@ -108,3 +114,46 @@ class Relay:
 def _shut(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def cut_connections(pid: int, other: int) -> int:
+    """Shut down the TCP connections that lead straight from one of our processes to another (or itself); how many.
+
+    Raises OSError where the kernel does not hand out the sockets of children.
+    """
+    with contextlib.ExitStack() as stack:
+        mine, theirs = ([stack.enter_context(found) for found in _sockets(whose)] for whose in (pid, other))
+        there = {found.getsockname() for found in theirs}
+        cut = [found for found in mine if _peer(found) in there]
+        for connection in cut:
+            _shut(connection)
+    return len(cut)
+
+
+def _sockets(pid: int) -> list[socket.socket]:
+    """Duplicates of a process's TCP sockets."""
+    process = os.pidfd_open(pid)
+    found = []
+    for entry in list(Path(f"/proc/{pid}/fd").iterdir()):
+        with contextlib.suppress(FileNotFoundError):
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+        copy = ctypes.CDLL(None, use_errno=True).syscall(PIDFD_GETFD, process, int(entry.name), 0)
+        if copy < 0:
+            if ctypes.get_errno() == errno.EBADF:
+                continue
+            raise OSError(ctypes.get_errno(), "pidfd_getfd")
+        one = socket.socket(fileno=copy)
+        if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
+            found.append(one)
+        else:
+            one.close()
+    os.close(process)
+    return found
+
+
+def _peer(connection: socket.socket) -> tuple[str, int] | None:
+    with contextlib.suppress(OSError):
+        peer: tuple[str, int] = connection.getpeername()
+        return peer
+    return None

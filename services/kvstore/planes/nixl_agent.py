@@ -16,7 +16,7 @@ import queue
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 from headway.v1 import transfer_pb2 as pb
@@ -29,6 +29,10 @@ MODULES = ("nixl_cu12", "nixl_cu13", "nixl")
 LOOK_S = 1e-4
 MEMORY = "DRAM"
 DONE, MOVING = "DONE", "PROC"
+# UCX's shortcuts on one host: a peer that once knew the address writes on, whatever is closed or unregistered here.
+SHORTCUTS = ("cma", "knem", "xpmem", "cuda_ipc", "rocm_ipc", "ze_ipc")
+# UCX's names for several transports, one of these among them.
+WITH_SHORTCUTS = ("all", "sm", "shm", "mm", "cuda", "rocm", "ze")
 
 
 class NixlError(Exception):
@@ -36,8 +40,9 @@ class NixlError(Exception):
 
 
 def load_nixl() -> Any:
-    """NIXL's Python API. Raises NixlError where no build of it can be imported."""
+    """NIXL's Python API. Raises NixlError where no build of it can be imported, or UCX may take shortcuts."""
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+    forbid_shortcuts(os.environ)
     reason = ""
     for name in MODULES:
         try:
@@ -48,6 +53,21 @@ def load_nixl() -> Any:
         f"the plane nixl needs the package NIXL, which cannot be imported{reason}: "
         "install the extra (pip install 'headway[nixl]'), or leave nixl out of the setting planes"
     )
+
+
+def forbid_shortcuts(environment: MutableMapping[str, str]) -> None:
+    """Set UCX_TLS, or raise NixlError where it is set and lets a peer write to slots that this side has given up.
+
+    It is enough that this side offers none of them: UCX takes only what both sides have.
+    """
+    transports = environment["UCX_TLS"] = environment.get("UCX_TLS") or f"^{','.join(SHORTCUTS)}"
+    names = {name.lstrip("\\") for name in transports.removeprefix("^").split(",")}
+    allowed = set(SHORTCUTS) - names if transports.startswith("^") else names & {*SHORTCUTS, *WITH_SHORTCUTS}
+    if allowed:
+        raise NixlError(
+            f"UCX_TLS={transports} allows {', '.join(sorted(allowed))}, by which a peer may write to slots that were "
+            "given out anew: leave it unset, or name others (tcp, rc, posix, ...)"
+        )
 
 
 class Remote(NamedTuple):
@@ -126,7 +146,7 @@ class Agent:
         self._nixl.get_new_notifs()
 
     def destroy(self) -> bool:
-        """True: nobody can reach the registered memory any more, neither over TCP nor by RDMA."""
+        """True: nobody can reach the registered memory any more, by none of the transports that are allowed."""
         native = weakref.ref(self._nixl.agent)
         self._transfers.clear()
         self._theirs.clear()

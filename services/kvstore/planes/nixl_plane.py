@@ -10,7 +10,8 @@ So `read` returns a block, or returns after it was cancelled, only when one of t
 - The peer never heard of the block.
 - The peer has answered that the block's transfer is DONE. The answer to a transfer that failed does not count.
 - The own agent, the only one through which this peer can reach the slab, has been destroyed: its endpoints are closed
-  and its memory registrations void. Taking back the registration alone does not do: over TCP, bytes still arrive.
+  and its memory registrations void. Taking back the registration alone does not do: over TCP, bytes still arrive. Nor
+  does any of this end UCX's shortcuts on one host (CMA needs no more than a pid and an address): they are forbidden.
 
 The peer's part in this is only to be quick: whatever it does or fails to do, the last point ends the wait. A plane
 breaks, which destroys its agent, when an answer takes longer than the timeout, when a transfer fails, and when the
