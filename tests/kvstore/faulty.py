@@ -38,7 +38,8 @@ class Relay:
         self.struck = False
         # Bytes from the source.
         self.passed = 0
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def arm(self, fault: Fault, after: int) -> None:
         """Strike when so many more bytes have come from the source."""
@@ -50,9 +51,11 @@ class Relay:
             _shut(connection)
 
     def close(self) -> None:
-        _shut(self._listener)
-        self._listener.close()
         self._closed.set()
+        _shut(self._listener)
+        # It may have a connection in its hands that is not in the list yet.
+        self._accepting.join(30)
+        self._listener.close()
         self.cut()
         for thread in self._threads:
             thread.join(5)
