@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headway.core.model import ModelCard
 from headway.engine.batched import moved, plan_batched
@@ -15,6 +17,9 @@ from headway.engine.contract import Chunk, DeviceLost, Drawn, SlabArray
 from headway.engine.errors import ModelError
 from headway.engine.pages import Pages, plan_forward
 from headway.engine.sampling import draw_rows
+
+# cuDNN's is not among them.
+ANY_STRIDES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class TransformersEngine:
@@ -66,15 +71,20 @@ class TransformersEngine:
         if self.device.type != "cpu":
             inputs = moved([*inputs, *plan.vectors], self.device)
             plan = plan.with_vectors(inputs[3:])
-        output = self._model(
-            input_ids=inputs[0][None],
-            position_ids=inputs[1][None],
-            use_cache=False,
-            logits_to_keep=inputs[2],
-            headway_plan=plan,
-        )
+        with self._kernels():
+            output = self._model(
+                input_ids=inputs[0][None],
+                position_ids=inputs[1][None],
+                use_cache=False,
+                logits_to_keep=inputs[2],
+                headway_plan=plan,
+            )
         rows: torch.Tensor = output.logits[0].float()
         return rows
+
+    def _kernels(self) -> AbstractContextManager[object]:
+        """On a GPU, those attention kernels that take any strides: heads that share K and V lie 0 bytes apart."""
+        return nullcontext() if self.device.type == "cpu" else sdpa_kernel(ANY_STRIDES)
 
     def _check(self, chunks: Sequence[Chunk]) -> None:
         if not chunks:

@@ -23,6 +23,7 @@ from headway.runtime.errors import HeadwayError
 from headway.slab.device import Device
 from headway.v1 import common_pb2, kvstore_pb2, kvstore_pb2_grpc
 from headway.worker import operations
+from headway.worker.lost import StoreLost
 from headway.worker.mapping import Mapped, map_slab
 
 log = logging.getLogger(__name__)
@@ -48,12 +49,6 @@ class _Session:
     operations: list[kvstore_pb2.AttachOperation] = field(default_factory=list)
     waiting: dict[int, OnReply] = field(default_factory=dict)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class StoreLost(HeadwayError):
-    """The kvstore went, and with it the device memory that this worker had open: the process has to end."""
-
-    exit_status = os.EX_TEMPFAIL
 
 
 class Attachment:

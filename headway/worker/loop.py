@@ -19,12 +19,12 @@ from headway.core.sequence import Sequence
 from headway.core.step import StepLimits, Work, plan_step
 from headway.core.timing import StepTimes
 from headway.engine.contract import Chunk, DeviceLost, Drawn, Engine
-from headway.runtime.errors import HeadwayError
 from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker.active import Active, Interrupt, Phase, Sink
 from headway.worker.attach import Slab
 from headway.worker.convert import failure
 from headway.worker.leases import Leases
+from headway.worker.lost import check_device
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class EngineLoop:
             finally:
                 self._between_steps.set()
             if self.slab is not None:
-                _check_device(results)
+                check_device(results)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -300,9 +300,3 @@ class EngineLoop:
         self._actives.pop(active.sequence, None)
         self.leases.forget(active)
         self._on_load()
-
-
-def _check_device(results: list[Result]) -> None:
-    for result in results:
-        if isinstance(result, DeviceLost):
-            raise HeadwayError(grpc.StatusCode.INTERNAL, str(result))

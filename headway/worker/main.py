@@ -106,20 +106,32 @@ async def run_worker(
     notify("READY=1")
     log.info("event=ready worker=%s port=%d model=%s", config.name, port, engine.card.name)
     try:
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(job) for job in (attachment.run(), loop.run(), announcer.run())]
-            await stopped.wait()
-            notify("STOPPING=1")
-            announcer.drain()
-            await _drained(loop, config.drain_s)
-            await server.stop(1.0)
-            for task in running:
-                task.cancel()
+        await _work(server, loop, announcer, attachment, stopped, config.drain_s)
     except BaseException:
         # What failed sequences were told must reach their routers, or this counts as a death of their making.
         await server.stop(FLUSH_S)
         raise
     loop.close()
+
+
+async def _work(
+    server: GrpcServer,
+    loop: EngineLoop,
+    announcer: Announcer,
+    attachment: Attachment,
+    stopped: asyncio.Event,
+    drain_s: float,
+) -> None:
+    """Until `stopped`, and drained."""
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(job) for job in (attachment.run(), loop.run(), announcer.run())]
+        await stopped.wait()
+        notify("STOPPING=1")
+        announcer.drain()
+        await _drained(loop, drain_s)
+        await server.stop(1.0)
+        for task in running:
+            task.cancel()
 
 
 def _device(config: WorkerConfig) -> Device | None:
