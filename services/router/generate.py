@@ -18,6 +18,8 @@ from services.router.inbox import Inbox
 from services.router.job import Job, prepare
 from services.router.model import ServedModel
 
+# It waits for nothing but a connection that is full.
+FIRST_MESSAGE_S = 1.0
 Send = Callable[[router_pb2.GenerateResponse], Awaitable[None]]
 
 
@@ -44,7 +46,7 @@ async def generate(
             job.route_s = time.monotonic() - received
             # The workers' streams first: prefill goes before politeness.
             await asyncio.sleep(0)
-            await send(_started(request_id, job))
+            await _uncut(send(_started(request_id, job)))
             live, held_back = choices[:1], choices[1:]
             while live:
                 # 4. The first token comes, decode is told to begin. 5. It joins the lease. 6. The answer grows.
@@ -73,6 +75,18 @@ async def generate(
         # 7. The end, whatever it was: leases are released, nothing is left behind.
         for choice in choices:
             choice.close()
+
+
+async def _uncut(first: Awaitable[None]) -> None:
+    """The first message takes the call's headers along. Cut short by a cancel, it leaves gRPC unable to send a status,
+    and the client waiting for one.
+    """
+    sending = asyncio.ensure_future(first)
+    try:
+        await asyncio.shield(sending)
+    except asyncio.CancelledError:
+        await asyncio.wait([sending], timeout=FIRST_MESSAGE_S)
+        raise
 
 
 def _end_now(limit: asyncio.Timeout) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 
 import grpc
 import pytest
@@ -39,6 +41,18 @@ async def test_a_deadline_ends_the_request_and_frees_it(fleet: Fleet, stub: Stub
     await settled(fleet.address_of("kvstore"))
 
 
+async def test_deadlines_that_end_while_the_first_message_leaves(fleet: Fleet, stub: Stub) -> None:
+    """The status follows, whatever the message is doing."""
+    rng = random.Random(1)
+    for _ in range(50):
+        deadlines = [rng.uniform(0.0005, 0.01) for _ in range(4)]
+        outs = await asyncio.gather(
+            *(generate(stub, request([3] * 100, 500, deadline_s=seconds), timeout=10) for seconds in deadlines)
+        )
+        assert max(out.seconds for out in outs) < 2
+    await settled(fleet.address_of("kvstore"))
+
+
 async def test_the_grpc_deadline_counts_too(fleet: Fleet, stub: Stub) -> None:
     out = await generate(stub, request([4] * 100, 500), timeout=0.2)
     assert out.code == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -62,12 +76,22 @@ async def test_the_fleet_serves_again_after_its_kvstore_was_killed(fleet: Fleet,
 
 
 async def test_a_kvstore_that_comes_back_in_time_costs_only_a_replay(fleet: Fleet, stub: Stub) -> None:
+    took_s = 0.0
+
     async def restart(tokens: int) -> None:
+        nonlocal took_s
         if tokens == 5:
             fleet.kill("kvstore")
+            started = time.monotonic()
             await asyncio.to_thread(fleet.restart, "kvstore")
+            took_s = time.monotonic() - started
 
-    out = await generate(stub, request([6] * 100, 100), restart)
+    for _ in range(5):
+        out = await generate(stub, request([6] * 100, 100), restart)
+        await asyncio.to_thread(fleet.wait_ready, 30)
+        # The router waits for 1.5 s, in which workers have to attach, too: a busy box may not make it.
+        if took_s < 0.7 or out.code is grpc.StatusCode.OK:
+            break
     assert (out.code, out.tokens) == (grpc.StatusCode.OK, expected([6] * 100, 100))
     assert out.finished.replays > 0
     await settled(fleet.address_of("kvstore"))
