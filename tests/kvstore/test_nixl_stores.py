@@ -51,24 +51,30 @@ def test_naming_nixl_where_it_cannot_be_imported_says_what_to_do(tmp_path: Path)
 
 
 def test_transports_that_could_write_too_late_are_refused_at_the_start() -> None:
-    line = refusal({**os.environ, "UCX_TLS": "all"})
+    (line,) = refusal({**os.environ, "UCX_TLS": "all"})
     assert line.startswith("headway-kvstore: UCX_TLS=all allows all")
 
 
+@needs_nixl
+def test_an_agent_that_cannot_be_made_is_no_surprise_for_readers() -> None:
+    # UCX has its own say before.
+    *_, line = refusal({**os.environ, "UCX_TLS": "no_such_transport"})
+    assert line.startswith("headway-kvstore: the plane nixl cannot make an agent")
+
+
 def check_refusal(env: dict[str, str]) -> None:
-    line = refusal(env)
+    (line,) = refusal(env)
     assert line.startswith("headway-kvstore: the plane nixl needs the package NIXL, which cannot be imported")
     assert line.endswith("install the extra (pip install 'headway[nixl]'), or leave nixl out of the setting planes")
 
 
-def refusal(env: dict[str, str]) -> str:
-    """The one line that a kvstore says that does not start."""
+def refusal(env: dict[str, str]) -> list[str]:
+    """What a kvstore says that does not start."""
     command = [sys.executable, "-m", "services.kvstore.server", "--planes", "nixl,grpc", "--port", "0"]
     command += ["--slab-name", f"headway-test-{uuid.uuid4().hex[:8]}", "--slab-bytes", str(1 << 20)]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
-    return line
+    return ended.stderr.splitlines()
 
 
 FORTY = list(range(40 * BLOCK))
