@@ -88,7 +88,7 @@ def _check_nixl(config: KvStoreConfig) -> None:
     """Raises HeadwayError where the plane is named but NIXL is not there or does not work."""
     if "nixl" in config.planes:
         try:
-            check_nixl()
+            check_nixl(config.transfer_host)
         except NixlError as error:
             raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
 

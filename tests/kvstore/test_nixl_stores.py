@@ -27,7 +27,7 @@ from services.kvstore.memory import PROBE_SLOT, SlabMemory
 from services.kvstore.planes.contract import Checksums, Copied, Move
 from services.kvstore.planes.nixl_agent import MODULES
 from services.kvstore.planes.nixl_plane import NixlPlane
-from tests.kvstore.faulty import cut_connections
+from tests.kvstore.faulty import cut_connections, listens_at
 from tests.kvstore.nixl_rig import NOW
 from tests.kvstore.pulling import BLOCK, SLOT_BYTES, SLOTS, WIDE, Pair, pair
 from tests.kvstore.rig import attached, kvstore, release, running, rust_built, until
@@ -157,6 +157,22 @@ async def test_a_connection_that_is_cut_costs_one_fallback_and_no_block(tmp_path
         for side in (two.source, two.reader):
             figures = await until(side.address, lambda reply: not reply.leases)
             assert figures.free_slots + figures.cached_slots == SLOTS
+
+
+@needs_nixl
+async def test_ucx_listens_on_loopback_where_transfers_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UCX_NET_DEVICES")
+    async with pair(tmp_path, "--planes", "nixl,grpc") as two:
+        await two.source.compute(FORTY)
+        await connected(two)
+        (peer,) = (await two.reader.stats()).peers
+        assert peer.plane == "nixl"
+        for side in (two.source, two.reader):
+            try:
+                hosts = listens_at(side.process.pid)
+                assert {host.removeprefix("::ffff:") for host in hosts} == {"127.0.0.1"}
+            except PermissionError:
+                pytest.skip("the kernel hands out no sockets of children")
 
 
 async def connected(two: Pair) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import ipaddress
 import itertools
 import logging
 import os
@@ -55,13 +56,25 @@ def load_nixl() -> Any:
     )
 
 
-def check_nixl() -> None:
-    """Raises NixlError where no agent can be made. Makes one, as a process's first takes UCX half a second."""
+def check_nixl(transfer_host: str) -> None:
+    """Raises NixlError where no agent can be made. Makes one, as a process's first takes UCX half a second.
+
+    UCX asks for no secret, so where `transfer_host` is loopback it listens nowhere else.
+    """
+    if _is_loopback(transfer_host):
+        os.environ.setdefault("UCX_NET_DEVICES", "lo")
     api = load_nixl()
     try:
         api.nixl_agent(f"check-{secrets.token_hex(8)}", _options(api))
     except Exception as error:
         raise NixlError(f"the plane nixl cannot make an agent ({sentence(error)}): leave it out of planes") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _options(api: Any) -> Any:
