@@ -21,7 +21,7 @@ from services.kvstore.device_keeper import DeviceKeeper
 from services.kvstore.device_memory import DeviceMemory
 from services.kvstore.memory import Memory, SlabMemory
 from services.kvstore.node import Node
-from services.kvstore.planes.nixl_agent import NixlError, load_nixl
+from services.kvstore.planes.nixl_agent import NixlError, check_nixl
 from services.kvstore.planes.nixl_source import NixlSource
 from services.kvstore.planes.socket_source import SocketSource
 from services.kvstore.pulls import Pulls
@@ -85,10 +85,10 @@ async def serve(config: KvStoreConfig) -> None:
 
 
 def _check_nixl(config: KvStoreConfig) -> None:
-    """Raises HeadwayError where the plane is named but NIXL is not there."""
+    """Raises HeadwayError where the plane is named but NIXL is not there or does not work."""
     if "nixl" in config.planes:
         try:
-            load_nixl()
+            check_nixl(config.transfer_host)
         except NixlError as error:
             raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
 

@@ -133,6 +133,13 @@ def cut_connections(pid: int, other: int) -> int:
     return len(cut)
 
 
+def listens_at(pid: int) -> set[str]:
+    """The addresses at which one of our processes accepts TCP connections. Raises as `cut_connections`."""
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(one) for one in _sockets(pid)]
+        return {one.getsockname()[0] for one in found if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)}
+
+
 def _sockets(pid: int) -> list[socket.socket]:
     """Duplicates of a process's TCP sockets."""
     process = os.pidfd_open(pid)

@@ -27,7 +27,7 @@ from services.kvstore.memory import PROBE_SLOT, SlabMemory
 from services.kvstore.planes.contract import Checksums, Copied, Move
 from services.kvstore.planes.nixl_agent import MODULES
 from services.kvstore.planes.nixl_plane import NixlPlane
-from tests.kvstore.faulty import cut_connections
+from tests.kvstore.faulty import cut_connections, listens_at
 from tests.kvstore.nixl_rig import NOW
 from tests.kvstore.pulling import BLOCK, SLOT_BYTES, SLOTS, WIDE, Pair, pair
 from tests.kvstore.rig import attached, kvstore, release, running, rust_built, until
@@ -51,24 +51,30 @@ def test_naming_nixl_where_it_cannot_be_imported_says_what_to_do(tmp_path: Path)
 
 
 def test_transports_that_could_write_too_late_are_refused_at_the_start() -> None:
-    line = refusal({**os.environ, "UCX_TLS": "all"})
+    (line,) = refusal({**os.environ, "UCX_TLS": "all"})
     assert line.startswith("headway-kvstore: UCX_TLS=all allows all")
 
 
+@needs_nixl
+def test_an_agent_that_cannot_be_made_is_no_surprise_for_readers() -> None:
+    # UCX has its own say before.
+    *_, line = refusal({**os.environ, "UCX_TLS": "no_such_transport"})
+    assert line.startswith("headway-kvstore: the plane nixl cannot make an agent")
+
+
 def check_refusal(env: dict[str, str]) -> None:
-    line = refusal(env)
+    (line,) = refusal(env)
     assert line.startswith("headway-kvstore: the plane nixl needs the package NIXL, which cannot be imported")
     assert line.endswith("install the extra (pip install 'headway[nixl]'), or leave nixl out of the setting planes")
 
 
-def refusal(env: dict[str, str]) -> str:
-    """The one line that a kvstore says that does not start."""
+def refusal(env: dict[str, str]) -> list[str]:
+    """What a kvstore says that does not start."""
     command = [sys.executable, "-m", "services.kvstore.server", "--planes", "nixl,grpc", "--port", "0"]
     command += ["--slab-name", f"headway-test-{uuid.uuid4().hex[:8]}", "--slab-bytes", str(1 << 20)]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
-    return line
+    return ended.stderr.splitlines()
 
 
 FORTY = list(range(40 * BLOCK))
@@ -151,6 +157,22 @@ async def test_a_connection_that_is_cut_costs_one_fallback_and_no_block(tmp_path
         for side in (two.source, two.reader):
             figures = await until(side.address, lambda reply: not reply.leases)
             assert figures.free_slots + figures.cached_slots == SLOTS
+
+
+@needs_nixl
+async def test_ucx_listens_on_loopback_where_transfers_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UCX_NET_DEVICES")
+    async with pair(tmp_path, "--planes", "nixl,grpc") as two:
+        await two.source.compute(FORTY)
+        await connected(two)
+        (peer,) = (await two.reader.stats()).peers
+        assert peer.plane == "nixl"
+        for side in (two.source, two.reader):
+            try:
+                hosts = listens_at(side.process.pid)
+                assert {host.removeprefix("::ffff:") for host in hosts} == {"127.0.0.1"}
+            except PermissionError:
+                pytest.skip("the kernel hands out no sockets of children")
 
 
 async def connected(two: Pair) -> None:

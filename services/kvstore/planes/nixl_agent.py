@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import ipaddress
 import itertools
 import logging
 import os
@@ -55,6 +56,31 @@ def load_nixl() -> Any:
     )
 
 
+def check_nixl(transfer_host: str) -> None:
+    """Raises NixlError where no agent can be made. Makes one, as a process's first takes UCX half a second.
+
+    UCX asks for no secret, so where `transfer_host` is loopback it listens nowhere else.
+    """
+    if _is_loopback(transfer_host):
+        os.environ.setdefault("UCX_NET_DEVICES", "lo")
+    api = load_nixl()
+    try:
+        api.nixl_agent(f"check-{secrets.token_hex(8)}", _options(api))
+    except Exception as error:
+        raise NixlError(f"the plane nixl cannot make an agent ({sentence(error)}): leave it out of planes") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _options(api: Any) -> Any:
+    return api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+
+
 def forbid_shortcuts(environment: MutableMapping[str, str]) -> None:
     """Set UCX_TLS, or raise NixlError where it is set and lets a peer write to slots that this side has given up.
 
@@ -85,8 +111,7 @@ class Agent:
 
     def __init__(self, name: str, memory: SlabMemory) -> None:
         api = load_nixl()
-        options = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-        self._nixl = api.nixl_agent(f"{name}-{secrets.token_hex(8)}", options)
+        self._nixl = api.nixl_agent(f"{name}-{secrets.token_hex(8)}", _options(api))
         self.slots, self._slot_bytes = memory.slots, memory.slot_bytes
         card = pb.NixlCard(
             slab_address=memory.address(0),
