@@ -16,7 +16,7 @@ from headway.runtime.channels import open_channel
 from headway.v1 import router_pb2, router_pb2_grpc
 from tests.integration.namespaces import places_of
 from tests.reference import NEW_TOKENS, check_equal, model_folder, prompts, reference
-from tests.support import generate, request, settled
+from tests.support import Stub, generate, request, settled
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
@@ -35,6 +35,15 @@ def model() -> None:
 def pairs(nodes: int) -> list[tuple[str, str]]:
     """(prefill, decode) on different nodes: each node's prefill worker with the next node's decode worker."""
     return [(f"prefill-{node}", f"decode-{(node + 1) % nodes}") for node in range(nodes)]
+
+
+async def connected(stub: Stub, hint: router_pb2.PlacementHint) -> None:
+    """The first sequence may be computed anew while the stores still connect."""
+    for number in range(20):
+        out = await generate(stub, request([number + 1] * 20, 2, ignore_eos=True, placement=hint), timeout=60)
+        if out.finished.usage.handoff_bytes:
+            return
+    raise AssertionError("no handoff moved any bytes")
 
 
 @pytest.mark.parametrize(
@@ -57,9 +66,14 @@ async def test_greedy_output_across_nodes(nodes: int, plane: str, tmp_path: Path
         async with open_channel(fleet.address) as channel:
             stub = router_pb2_grpc.RouterServiceStub(channel)
 
+            hints = [
+                router_pb2.PlacementHint(prefill_worker=prefill, decode_worker=decode, force_apart=True)
+                for prefill, decode in pairs(nodes)
+            ]
+            await asyncio.gather(*(connected(stub, hint) for hint in hints))
+
             async def answer(at: int, number: int) -> list[int]:
-                prefill, decode = pairs(nodes)[number % nodes]
-                hint = router_pb2.PlacementHint(prefill_worker=prefill, decode_worker=decode, force_apart=True)
+                hint = hints[number % nodes]
                 message = request(prompts()[at], NEW_TOKENS, ignore_eos=True, placement=hint)
                 out = await generate(stub, message, timeout=300)
                 assert (out.code, out.details) == (grpc.StatusCode.OK, "")
