@@ -59,7 +59,9 @@ async def connected(stub: Stub, hint: router_pb2.PlacementHint) -> None:
 )
 async def test_greedy_output_across_nodes(nodes: int, plane: str, tmp_path: Path) -> None:
     flags = {"kvstore": ("--planes", plane, "--checksum", "all")}
-    spec = FleetSpec(nodes, nodes, nodes=nodes, slab_bytes=256 << 20, flags=flags, threads=1)
+    # Other tests of this run may have told UCX to keep to loopback, which does not lead out of a namespace.
+    env = {"kvstore": {"UCX_NET_DEVICES": "all"}}
+    spec = FleetSpec(nodes, nodes, nodes=nodes, slab_bytes=256 << 20, flags=flags, env=env, threads=1)
     wanted = [reference(prompts()[at]) for at in SOME]
     with places_of(nodes) as places, Fleet(replace(spec, places=places), tmp_path) as fleet:
         fleet.wait_ready(120)
