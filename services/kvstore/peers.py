@@ -16,17 +16,17 @@ from headway.runtime.channels import open_channel
 from headway.runtime.convert import kv_format_to_proto
 from headway.v1 import kvstore_pb2, transfer_pb2_grpc
 from headway.v1 import transfer_pb2 as pb
-from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT, SlabMemory
+from services.kvstore.memory import SlabMemory
 from services.kvstore.node import Node
 from services.kvstore.planes.contract import Checksums, Copied, Move, Plane, PlaneError, Urgency
 from services.kvstore.planes.grpc_plane import GrpcPlane
 from services.kvstore.planes.nixl_plane import NixlPlane
+from services.kvstore.planes.probe import probe
 from services.kvstore.planes.socket_plane import SocketPlane
 
 log = logging.getLogger(__name__)
 
 CONNECT_S = 3.0
-PROBE_BYTES, PROBE_BLOCKS = 4 << 20, 64
 # How long a plane that broke is left alone, unless no other is left.
 REPAIR_S = 5.0
 CLEARLY = 2.0
@@ -255,7 +255,7 @@ class Peer:
                 continue
             try:
                 plane = await self._open(name, link)
-                link.rates[name] = await self._probe(plane)
+                link.rates[name] = await probe(plane, self._node.memory)
             except PlaneError as error:
                 log.warning("peer=%s plane=%s event=plane_failed reason=%s", self.address, name, error)
             else:
@@ -294,19 +294,6 @@ class Peer:
 
         await by_socket.open(self.address.rpartition(":")[0], ask, node.config.connections)
         return by_socket
-
-    async def _probe(self, plane: Plane) -> float:
-        """Bytes a second of a real read. Raises PlaneError when it fails."""
-        slot_bytes = self._node.memory.slot_bytes
-        moves = [Move(PROBE_SLOT, 0, LANDING_SLOT)] * min(PROBE_BLOCKS, max(2, PROBE_BYTES // slot_bytes))
-        started = time.monotonic()
-        copied = await plane.read(moves, (0, 0.0))
-        seconds = time.monotonic() - started
-        memory = self._node.memory
-        if set(copied) != {Copied.GOOD} or memory.checksum(LANDING_SLOT) != memory.checksum(PROBE_SLOT):
-            plane.close()
-            raise PlaneError("the probe did not come back whole")
-        return len(moves) * slot_bytes / seconds
 
     def _broke(self, link: _Link, plane: Plane) -> None:
         if link.planes.get(plane.name) is plane:

@@ -72,7 +72,8 @@ async def test_an_address_without_a_store_is_given_up_soon(two: Pair) -> None:
     assert time.monotonic() - started < 8
 
 
-PROBE = 64 << 15
+# One block ahead, and 64.
+PROBE = 65 << 15
 PHASES = {
     "first byte": 2,
     "probe": PROBE // 2 - 100_000,
@@ -106,7 +107,7 @@ async def test_a_plane_that_fails_is_replaced_by_the_next(two: Pair, fault: Faul
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_source_that_dies_or_hangs_ends_the_pull(two: Pair, how: signal.Signals) -> None:
     await two.source.compute(FORTY)
-    two.data.arm(Fault.STALL, (64 + 20) << 15)
+    two.data.arm(Fault.STALL, PROBE + (20 << 15))
     fetching = asyncio.create_task(two.fetch([*FORTY, 1]))
     async with asyncio.timeout(20):
         while not two.data.struck:
@@ -137,7 +138,7 @@ async def test_a_source_that_came_back_with_another_layout_gives_nothing(two: Pa
 
 async def test_a_request_that_ends_ends_its_fetching(two: Pair) -> None:
     await two.source.compute(FORTY)
-    two.data.arm(Fault.STALL, (64 + 20) << 15)
+    two.data.arm(Fault.STALL, PROBE + (20 << 15))
     pull = pb.PullBlocks(kvstore=two.via, blocks=40)
     (granted,) = await two.reader.worker.run(acquire([*FORTY, 1], pull=pull))
     await two.reader.worker.run(release(granted.granted.lease_id))
@@ -147,7 +148,7 @@ async def test_a_request_that_ends_ends_its_fetching(two: Pair) -> None:
 async def test_slots_are_not_given_out_while_bytes_may_still_arrive(two: Pair) -> None:
     """The only lease is released while its blocks stall on their way: its slots stay leased until the plane gave up."""
     await two.source.compute(FORTY)
-    two.data.arm(Fault.STALL, (64 + 20) << 15)
+    two.data.arm(Fault.STALL, PROBE + (20 << 15))
     pull = pb.PullBlocks(kvstore=two.via, blocks=40)
     (granted,) = await two.reader.worker.run(acquire([*FORTY, 1], pull=pull))
     async with asyncio.timeout(20):
@@ -160,7 +161,7 @@ async def test_slots_are_not_given_out_while_bytes_may_still_arrive(two: Pair) -
 
 async def test_a_worker_that_dies_ends_its_fetching(two: Pair) -> None:
     await two.source.compute(FORTY)
-    two.data.arm(Fault.STALL, (64 + 20) << 15)
+    two.data.arm(Fault.STALL, PROBE + (20 << 15))
     async with attached(two.reader.address, "short-lived", kv_format=WIDE) as short:
         await short.run(acquire([*FORTY, 1], pull=pb.PullBlocks(kvstore=two.via, blocks=40)))
     await all_free(two)
