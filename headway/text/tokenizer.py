@@ -37,6 +37,9 @@ def load_tokenizer(path: str) -> Tokenizer:
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8 text, others have no text: for simulated engines."""
 
+    def __init__(self) -> None:
+        self._pieces = BytePieces.identity()
+
     def encode(self, text: str) -> list[int]:
         return list(_utf8(text))
 
@@ -45,7 +48,7 @@ class ByteTokenizer:
         return self.encode("".join(lines) + "assistant: ")
 
     def detokenizer(self) -> Detokenizer:
-        return BytePieces.identity().detokenizer()
+        return self._pieces.detokenizer()
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(token_id for token_id in ids if token_id < 256).decode(errors="replace")

@@ -35,8 +35,6 @@ async def generate(
     choices: list[Choice] = []
     try:
         async with asyncio.timeout(seconds) as limit:
-            # Also a request that waits for its client to read can be ended.
-            inbox.on_error = lambda: _end_now(limit)
             # 1. Tokenize, compute block keys, look the prefix up, and pick the workers.
             model = await served_model(fleet, config, inbox)
             job = await prepare(request, model, received, received + seconds)
@@ -46,7 +44,10 @@ async def generate(
             job.route_s = time.monotonic() - received
             # The workers' streams first: prefill goes before politeness.
             await asyncio.sleep(0)
-            await _uncut(send(_started(request_id, job)))
+            await _send_first(send, _started(request_id, job), limit)
+            # From here on a request that waits for its client to read can be ended.
+            inbox.check()
+            inbox.on_error = lambda: _end_now(limit)
             live, held_back = choices[:1], choices[1:]
             while live:
                 # 4. The first token comes, decode is told to begin. 5. It joins the lease. 6. The answer grows.
@@ -77,16 +78,14 @@ async def generate(
             choice.close()
 
 
-async def _uncut(first: Awaitable[None]) -> None:
-    """The first message takes the call's headers along. Cut short by a cancel, it leaves gRPC unable to send a status,
-    and the client waiting for one.
+async def _send_first(send: Send, response: router_pb2.GenerateResponse, limit: asyncio.Timeout) -> None:
+    """It takes the call's headers along. Cut short, it would leave gRPC unable to send a status, and the client waiting
+    for one: so the deadline waits for it.
     """
-    sending = asyncio.ensure_future(first)
-    try:
-        await asyncio.shield(sending)
-    except asyncio.CancelledError:
-        await asyncio.wait([sending], timeout=FIRST_MESSAGE_S)
-        raise
+    due = limit.when()
+    limit.reschedule(max(due or 0.0, asyncio.get_running_loop().time() + FIRST_MESSAGE_S))
+    await send(response)
+    limit.reschedule(due)
 
 
 def _end_now(limit: asyncio.Timeout) -> None:
