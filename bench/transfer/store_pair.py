@@ -105,6 +105,13 @@ class Worker:
         self._future(pulled.lease_id).set_result(pulled)
 
 
+def _fill(source: Slab, reader: Slab) -> None:
+    """Random bytes at the source, none at the reader."""
+    words = source.view.view(np.uint64)
+    words[:] = np.random.default_rng(3).integers(0, 2**63, words.shape, np.uint64)
+    reader.view[:] = 0
+
+
 class StorePair:
     """Kvstores "source" and "reader" of `slots` slots each, handed out in random order. Its loop runs in a thread."""
 
@@ -140,10 +147,9 @@ class StorePair:
 
     async def _attach(self) -> None:
         self.source, self.reader = (Worker(process.address, f"bench-{process.name}") for process in self.processes)
-        slab = (await self.source.ready()).view
-        words = slab.view(np.uint64)
-        words[:] = np.random.default_rng(3).integers(0, 2**63, words.shape, np.uint64)
-        (await self.reader.ready()).view[:] = 0
+        source, reader = await self.source.ready(), await self.reader.ready()
+        # Not on the loop: a worker that says nothing for some seconds loses its leases.
+        await asyncio.to_thread(_fill, source, reader)
         for worker in (self.source, self.reader):
             await self._shuffle(worker)
 
