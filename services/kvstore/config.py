@@ -32,6 +32,7 @@ class KvStoreConfig:
     transfer_connections: int = option(0, "data connections to each other node; 0: one for two cores, at most 4")
     transfer_timeout_s: float = option(5.0, "after how long without bytes a data connection is given up")
     checksum: str = option("sampled", "which transfers are checked for flipped bits", choices=("off", "sampled", "all"))
+    host_bytes: int = option(0, "bytes of host memory that keep what a slab on a device evicts; 0: none")
     disk_dir: str = option("", "folder for the file of the disk tier, which keeps what the slab evicts; empty: none")
     disk_bytes: int = option(0, "bytes that this file may take")
     remote_url: str = option("", "Valkey or Redis server that keeps evicted blocks for all nodes; empty: none")
@@ -52,10 +53,10 @@ class KvStoreConfig:
             raise ConfigError(f"setting slab_bytes is {self.slab_bytes}; it must be at least {PAGE}")
         if not valid_name(self.device):
             raise ConfigError(f"setting device is {self.device}; it must be {KINDS}")
-        if self.device != CPU and (self.disk_dir or self.remote_url):
-            raise ConfigError(
-                "settings disk_dir and remote_url are for slabs in host memory; leave them out on a device"
-            )
+        if self.device == CPU and self.host_bytes:
+            raise ConfigError("setting host_bytes is for slabs on a device; make slab_bytes larger instead")
+        if self.host_bytes < 0:
+            raise ConfigError(f"setting host_bytes is {self.host_bytes}; it must be at least 0")
         if self.device != CPU and "nixl" in self.planes:
             raise ConfigError(
                 "setting planes names nixl, which moves slabs in host memory only; leave it out on a device"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 from headway.core.slots import SlotPool
@@ -24,18 +24,17 @@ class DeviceMemory(Memory):
         self._staging = Staging(self._segment.device, self._segment.address, slot_bytes, stride)
 
     def outgoing(self, slots: Sequence[int]) -> Pieces:
-        for outside, run in _runs(slots):
-            if outside:
-                yield [self._outside(slot) for slot in run]
-            else:
-                yield from self._staged.outgoing(run)
+        return self._pieces(slots, self._staged.outgoing)
 
     def incoming(self, slots: Sequence[int]) -> Pieces:
+        return self._pieces(slots, self._staged.incoming)
+
+    def _pieces(self, slots: Sequence[int], staged: Callable[[Sequence[int]], Pieces]) -> Pieces:
         for outside, run in _runs(slots):
             if outside:
                 yield [self._outside(slot) for slot in run]
             else:
-                yield from self._staged.incoming(run)
+                yield from staged(run)
 
     @property
     def _staged(self) -> Staging:

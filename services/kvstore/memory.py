@@ -22,8 +22,10 @@ Pieces = Generator[list[memoryview], None, None]
 class Memory(ABC):
     """What planes ask of any slab, from their threads, while the event loop changes generations.
 
-    Not usable before `lay_out`.
+    Not usable before `lay_out`. `lasting`: what `outgoing` gives stays valid, as it is the slab itself.
     """
+
+    lasting = False
 
     def __init__(self) -> None:
         self.stride = 0
@@ -38,7 +40,10 @@ class Memory(ABC):
 
     @abstractmethod
     def outgoing(self, slots: Sequence[int]) -> Pieces:
-        """The slots' bytes in use, in order, in one or more lists; each is valid until the next is asked for."""
+        """The slots' bytes in use, in order, in one or more lists; each is valid until the next is asked for.
+
+        The slots are those of the layout of now, whenever the pieces are asked for.
+        """
 
     @abstractmethod
     def incoming(self, slots: Sequence[int]) -> Pieces:
@@ -71,6 +76,8 @@ class Memory(ABC):
 class SlabMemory(Memory):
     """A slab in host memory: planes read from and write to the mapped slab itself."""
 
+    lasting = True
+
     def __init__(self, descriptor: int, size: int) -> None:
         super().__init__()
         # All pages exist already: this only fills the page table.
@@ -91,7 +98,11 @@ class SlabMemory(Memory):
         return ctypes.addressof(ctypes.c_char.from_buffer(self.view(slot)))
 
     def outgoing(self, slots: Sequence[int]) -> Pieces:
-        yield [self.view(slot) for slot in slots]
+        return _at_once([self.view(slot) for slot in slots])
 
     def incoming(self, slots: Sequence[int]) -> Pieces:
-        yield [self.view(slot) for slot in slots]
+        return _at_once([self.view(slot) for slot in slots])
+
+
+def _at_once(views: list[memoryview]) -> Pieces:
+    yield views

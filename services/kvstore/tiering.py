@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
-from typing import cast
+from typing import NamedTuple
 
 from headway.core.blocks import Block
 from headway.core.model import KvFormat
@@ -22,10 +23,11 @@ from headway.core.promote import ReadCost
 from headway.core.store import Store
 from headway.v1 import kvstore_pb2 as pb
 from services.kvstore.config import KvStoreConfig
-from services.kvstore.memory import SlabMemory
+from services.kvstore.memory import Pieces
 from services.kvstore.node import Node
 from services.kvstore.tiers.contract import Tier, TierError
 from services.kvstore.tiers.disk import DiskTier
+from services.kvstore.tiers.host import HostTier
 from services.kvstore.tiers.link import LinkOptions
 from services.kvstore.tiers.remote import RemoteTier
 
@@ -57,6 +59,15 @@ class Below:
         return pb.TierStats(name=self.name, read_block_s=self.cost.block_s, **asdict(self.tier.counts()))
 
 
+class _Victim(NamedTuple):
+    """A block that the slab evicts soon; `still`: its slot has not been given out anew."""
+
+    key: bytes
+    parent: bytes
+    slot: int
+    still: Callable[[], bool]
+
+
 class Tiering:
     """Opens the configured tiers whenever the slab is laid out; a tier that cannot be had is one line in the log."""
 
@@ -67,7 +78,7 @@ class Tiering:
         self._laid_out.set()
         self._readers = ThreadPoolExecutor(READS, "tier-read")
         self._writer = ThreadPoolExecutor(1, "tier-flush")
-        # The disk first: it is nearer.
+        # The nearest first.
         self.tiers: list[Below] = []
         node.tiering = self
 
@@ -79,11 +90,6 @@ class Tiering:
     def unwritten(self) -> int:
         """Of the blocks that would be evicted next, those that no tier has yet."""
         return sum(1 for _ in self._unwritten(self._node.store)) if self.tiers else 0
-
-    @property
-    def _memory(self) -> SlabMemory:
-        # The config has no tiers below a slab on a device.
-        return cast(SlabMemory, self._node.memory)
 
     # ------------------------------------------------------------------ opening and closing
 
@@ -107,9 +113,13 @@ class Tiering:
     async def _open(self, kv_format: KvFormat, store: Store) -> None:
         config = self._config
         slot_bytes, digest = kv_format.slot_bytes, kv_format.digest()
+        changed = self._teller(store)
         try:
+            if config.host_bytes:
+                host = await asyncio.to_thread(HostTier, config.host_bytes, slot_bytes, changed)
+                self.tiers.append(Below("host", host))
             if config.disk_dir:
-                path, size, changed = config.disk_file, config.disk_bytes, self._teller(store)
+                path, size = config.disk_file, config.disk_bytes
                 disk = await asyncio.to_thread(DiskTier.open, path, size, slot_bytes, digest, changed)
                 keys = disk.keys()
                 for at in range(0, len(keys), EVENT_KEYS):
@@ -124,11 +134,12 @@ class Tiering:
         self._node.settle()
 
     def _teller(self, store: Store) -> Callable[[list[bytes], list[bytes]], None]:
-        """For the disk tier's threads: what it holds now, told on the event loop."""
+        """For the threads of this node's tiers: what they hold now, told on the event loop."""
         loop = asyncio.get_running_loop()
 
         def tell(stored: list[bytes], removed: list[bytes]) -> None:
-            store.below_changed(stored, removed)
+            local = [below.tier for below in self.tiers if not isinstance(below.tier, RemoteTier)]
+            store.below_changed(stored, [key for key in removed if not any(tier.contains(key) for tier in local)])
             self._node.settle()
 
         def changed(stored: list[bytes], removed: list[bytes]) -> None:
@@ -164,8 +175,7 @@ class Tiering:
             await self._short.wait()
             self._short.clear()
             while victims := self._next_victims(self._node.store):
-                if self._put(self._node.store, victims):
-                    await asyncio.get_running_loop().run_in_executor(self._writer, self._flush, list(self.tiers))
+                await self._write(victims)
                 if not any(self._kept(block) for block in victims):
                     await asyncio.sleep(PAUSE_S)
             await asyncio.sleep(LOOK_S)
@@ -181,24 +191,32 @@ class Tiering:
     def _kept(self, block: Block) -> bool:
         return any(below.tier.contains(block.key) for below in self.tiers)
 
-    def _put(self, store: Store, victims: Sequence[Block]) -> bool:
-        generations, memory = store.pool.generations, self._memory
-        taken = False
-        for block in victims:
-            slot, generation = block.slot, generations[block.slot]
+    def _mark(self, store: Store, block: Block) -> _Victim:
+        generations, slot, generation = store.pool.generations, block.slot, store.pool.generations[block.slot]
 
-            def still(slot: int = slot, generation: int = generation) -> bool:
-                return self._node.store is store and generations[slot] == generation
+        def still() -> bool:
+            return self._node.store is store and generations[slot] == generation
 
-            parent = block.parent.key if block.parent is not None else b""
-            for below in self.tiers:
-                if not below.tier.contains(block.key):
-                    taken |= below.tier.put(block.key, parent, memory.view(slot), still)
-        return taken
+        return _Victim(block.key, block.parent.key if block.parent is not None else b"", slot, still)
 
-    def _flush(self, tiers: list[Below]) -> None:
-        for below in tiers:
-            below.tier.flush()
+    async def _write(self, blocks: list[Block]) -> None:
+        """Until the tiers have carried it out."""
+        memory, tiers = self._node.memory, list(self.tiers)
+        victims = [self._mark(self._node.store, block) for block in blocks]
+        pieces = memory.outgoing([victim.slot for victim in victims])
+
+        def write() -> None:
+            with contextlib.closing(pieces):
+                views = (view for piece in pieces for view in piece)
+                for victim, view in zip(victims, views, strict=False):
+                    lasting = view if memory.lasting else _copy(view)
+                    for below in tiers:
+                        if not below.tier.contains(victim.key):
+                            below.tier.put(victim.key, victim.parent, lasting, victim.still)
+            for below in tiers:
+                below.tier.flush()
+
+        await asyncio.get_running_loop().run_in_executor(self._writer, write)
 
     # ------------------------------------------------------------------ up
 
@@ -212,16 +230,15 @@ class Tiering:
         if isinstance(below.tier, RemoteTier):
             asked = len(keys) if below.tier.up and below.cost.may_ask(len(keys) * token_s) else 0
             return asked if asked and below.cost.beats(asked, asked * token_s) else 0
-        known = self._node.store.below
-        count = next((at for at, key in enumerate(keys) if key not in known), len(keys))
+        count = below.tier.leading(keys)
         return count if count and below.cost.beats(count, count * token_s) else 0
 
     async def read(self, below: Below, keys: Sequence[bytes], slots: Sequence[int]) -> int:
         """Blocks into slots that nobody else uses; how many of the leading ones came. Writes nothing once it ends."""
-        views = [self._memory.view(slot) for slot in slots]
+        pieces = self._node.memory.incoming(slots)
         below.cost.begin(len(keys))
         good, started = 0, time.monotonic()
-        reading = asyncio.get_running_loop().run_in_executor(self._readers, below.tier.get, keys, views)
+        reading = asyncio.get_running_loop().run_in_executor(self._readers, _get, below.tier, keys, pieces)
         try:
             good = await asyncio.shield(reading)
         except asyncio.CancelledError:
@@ -230,3 +247,21 @@ class Tiering:
         finally:
             below.cost.ended(len(keys), good, time.monotonic() - started)
         return good
+
+
+def _get(tier: Tier, keys: Sequence[bytes], pieces: Pieces) -> int:
+    """In a reader's thread."""
+    good = at = 0
+    with contextlib.closing(pieces):
+        for views in pieces:
+            if good == at:
+                good += tier.get(keys[at : at + len(views)], views)
+            at += len(views)
+    return good
+
+
+def _copy(view: memoryview) -> memoryview:
+    """Page-aligned, which a disk takes without another copy."""
+    copy = memoryview(mmap.mmap(-1, len(view)))
+    copy[:] = view
+    return copy

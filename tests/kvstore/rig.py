@@ -21,7 +21,8 @@ from headway.engine.simulated import simulated_card
 from headway.fleet.process import ServiceProcess
 from headway.runtime.channels import open_channel
 from headway.runtime.convert import kv_format_to_proto
-from headway.slab.descriptor import fetch_descriptor
+from headway.slab.descriptor import fetch_descriptor, fetch_handle
+from headway.slab.device import DeviceMapping, open_device
 from headway.slab.host import map_descriptor
 from headway.v1 import kvstore_pb2 as pb
 from headway.v1 import kvstore_pb2_grpc
@@ -80,11 +81,23 @@ class Peer:
             await self.call.write(pb.AttachRequest(operations=pb.AttachOperations(operations=operations)))
 
     def map(self) -> npt.NDArray[np.uint8]:
+        """The slab, as a worker in this process sees it."""
+        if self.welcome.HasField("device"):
+            return self._map_device()
         descriptor = fetch_descriptor(self.welcome.socket_path, self.welcome.secret)
         try:
             return map_descriptor(descriptor, self.welcome.total_slots, self.welcome.slot_stride)
         finally:
             os.close(descriptor)
+
+    def _map_device(self) -> npt.NDArray[np.uint8]:
+        welcome = self.welcome
+        device = open_device(f"{welcome.device.kind}:{welcome.device.index}")
+        assert device is not None
+        assert device.bus_id == welcome.device.bus_id
+        mapping = DeviceMapping(device, fetch_handle(welcome.socket_path, welcome.secret), welcome.device.bytes)
+        view: npt.NDArray[np.uint8] = mapping.view(welcome.total_slots, welcome.slot_stride)
+        return view
 
     async def run(self, *operations: pb.AttachOperation) -> list[pb.AttachReply]:
         """Send in one message; the replies, in order of the operations."""

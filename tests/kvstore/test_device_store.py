@@ -18,7 +18,6 @@ import pytest
 from headway.core.keys import block_keys, join_keys
 from headway.fleet.process import FleetError, ServiceProcess
 from headway.slab.descriptor import fetch_handle
-from headway.slab.device import DeviceMapping, open_device
 from headway.v1 import kvstore_pb2 as pb
 from tests.kvstore.pulling import NAMESPACE, SLOT_BYTES, SLOTS, WIDE, acquire, content
 from tests.kvstore.rig import BLOCK, Peer, attached, kvstore, running, stats
@@ -38,17 +37,6 @@ def store(tmp_path: Path) -> Iterator[ServiceProcess]:
         yield process
 
 
-def mapped(peer: Peer) -> np.ndarray:
-    """The slab, as a worker in this process sees it."""
-    welcome = peer.welcome
-    device = open_device(f"{welcome.device.kind}:{welcome.device.index}")
-    assert device is not None
-    assert device.bus_id == welcome.device.bus_id
-    mapping = DeviceMapping(device, fetch_handle(welcome.socket_path, welcome.secret), welcome.device.bytes)
-    view: np.ndarray = mapping.view(welcome.total_slots, welcome.slot_stride)
-    return view
-
-
 async def compute(peer: Peer, slab: np.ndarray, tokens: list[int]) -> int:
     """Acquire, write and seal; the lease."""
     (granted,) = await peer.run(acquire(tokens))
@@ -63,7 +51,7 @@ async def compute(peer: Peer, slab: np.ndarray, tokens: list[int]) -> int:
 async def test_the_slab_is_opened_by_its_handle_and_checksummed_on_its_device(store: ServiceProcess) -> None:
     async with attached(store.address, "w", kv_format=WIDE) as peer:
         assert (peer.welcome.total_slots, peer.welcome.device.bytes) == (SLOTS, SLOTS * SLOT_BYTES)
-        await compute(peer, mapped(peer), TOKENS)
+        await compute(peer, peer.map(), TOKENS)
         figures = await stats(store.address, checksum_blocks=True)
     assert len({checksum.checksum for checksum in figures.checksums}) == 5
     log = store.log.read_text()
@@ -72,7 +60,7 @@ async def test_the_slab_is_opened_by_its_handle_and_checksummed_on_its_device(st
 
 async def test_a_secret_opens_the_slab_once(store: ServiceProcess) -> None:
     async with attached(store.address, "w", kv_format=WIDE) as peer:
-        mapped(peer)
+        peer.map()
         with pytest.raises(OSError, match="gave no handle: the secret was wrong or used before"):
             fetch_handle(peer.welcome.socket_path, peer.welcome.secret)
 
@@ -88,8 +76,8 @@ async def test_blocks_of_one_device_reach_another_by_way_of_staging(tmp_path: Pa
         for process in processes:
             stack.enter_context(running(process))
         source, reader = [await stack.enter_async_context(attached(p.address, kv_format=WIDE)) for p in processes]
-        await compute(source, mapped(source), tokens)
-        slab = mapped(reader)
+        await compute(source, source.map(), tokens)
+        slab = reader.map()
         pull = pb.PullBlocks(kvstore=processes[0].address, blocks=60)
         (granted,) = await reader.run(acquire([*tokens, 1], pull=pull))
         async with asyncio.timeout(20):
@@ -105,7 +93,7 @@ async def test_blocks_of_one_device_reach_another_by_way_of_staging(tmp_path: Pa
 
 async def test_nothing_is_left_for_a_restart(store: ServiceProcess) -> None:
     async with attached(store.address, "w", incarnation="one", kv_format=WIDE) as peer:
-        await compute(peer, mapped(peer), TOKENS)
+        await compute(peer, peer.map(), TOKENS)
         store.signal(signal.SIGKILL)
         store.wait_ended(time.monotonic() + 5)
     store.start()
@@ -113,16 +101,16 @@ async def test_nothing_is_left_for_a_restart(store: ServiceProcess) -> None:
     figures = await stats(store.address)
     assert (figures.total_slots, figures.cached_slots, figures.quarantined_slots) == (0, 0, 0)
     async with attached(store.address, "w", incarnation="one", kv_format=WIDE) as peer:
-        assert not mapped(peer).any()
+        assert not peer.map().any()
 
 
 WORKER = """
 import asyncio, sys
 from tests.kvstore.rig import attached
-from tests.kvstore.test_device_store import WIDE, mapped
+from tests.kvstore.test_device_store import WIDE
 async def main():
     async with attached(sys.argv[1], "w", kv_format=WIDE) as peer:
-        slab = mapped(peer)
+        slab = peer.map()
         print("ready", flush=True)
         await asyncio.sleep(60)
 asyncio.run(main())
@@ -153,7 +141,7 @@ async def test_memory_is_freed_only_once_workers_have_let_go(store: ServiceProce
         (["--device", "numpy:9"], "there is no numpy:9: this process sees 2 such devices"),
         (["--device", "gpu"], "setting device is gpu; it must be cpu, or cuda:N"),
         (["--device", "numpy:0", "--slab-bytes", str(1 << 50)], "bytes free; make slab_bytes smaller"),
-        (["--device", "numpy:0", "--disk-dir", "/tmp", "--disk-bytes", "99999"], "are for slabs in host memory"),
+        (["--host-bytes", "99999"], "setting host_bytes is for slabs on a device; make slab_bytes larger instead"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_one_line(tmp_path: Path, flags: list[str], sentence: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from headway.core.keys import block_keys
 from headway.core.leases import Granted
 from headway.core.records import ForgetfulRecords
 from headway.core.store import Store
+from headway.slab.host import PAGE
+from services.kvstore.memory import Pieces, SlabMemory
 from services.kvstore.node import Node
 from services.kvstore.tiering import Below, Tiering
 from services.kvstore.tiers.contract import TierCounts, unchanged
@@ -63,8 +66,18 @@ def tier() -> Iterator[HeldTier]:
 
 
 @pytest.fixture
-def tiering(store: Store) -> Tiering:
-    memory = SimpleNamespace(view=lambda slot: memoryview(bytearray(8)))
+def slab() -> Iterator[tuple[int, int]]:
+    """Descriptor and size."""
+    descriptor = os.memfd_create("headway-test")
+    os.truncate(descriptor, PAGE)
+    yield descriptor, PAGE
+    os.close(descriptor)
+
+
+@pytest.fixture
+def tiering(store: Store, slab: tuple[int, int]) -> Tiering:
+    memory = SlabMemory(*slab)
+    memory.lay_out(64, 64, store.pool)
     node: Any = SimpleNamespace(
         config=None, store=store, memory=memory, block_size=BLOCK, kv_format=None, settle=lambda: None
     )
@@ -125,3 +138,81 @@ async def test_a_read_that_is_given_up_ends_only_when_nothing_is_written_any_mor
     tier.let_go.set()
     with pytest.raises(asyncio.CancelledError):
         await reading
+
+
+class Staged(SlabMemory):
+    """One block at a time, all by way of the same few bytes, as a device's slab may be."""
+
+    lasting = False
+
+    def outgoing(self, slots: Sequence[int]) -> Pieces:
+        return self._one_by_one(slots, out=True)
+
+    def incoming(self, slots: Sequence[int]) -> Pieces:
+        return self._one_by_one(slots, out=False)
+
+    def _one_by_one(self, slots: Sequence[int], *, out: bool) -> Pieces:
+        staging = memoryview(bytearray(self.slot_bytes))
+        for slot in slots:
+            staging[:] = self.view(slot) if out else bytes(self.slot_bytes)
+            yield [staging]
+            if not out:
+                self.view(slot)[:] = staging
+            staging[:] = bytes(self.slot_bytes)
+
+
+class LateTier(HeldTier):
+    """Reads what it was given when it is flushed, and gives what it is told to have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views: dict[bytes, memoryview] = {}
+        self.kept: dict[bytes, bytes] = {}
+
+    def put(self, key: bytes, parent: bytes, view: memoryview, still: Callable[[], bool] = unchanged) -> bool:
+        self.views[key] = view
+        return super().put(key, parent, view, still)
+
+    def flush(self) -> None:
+        self.kept |= {key: bytes(view) for key, view in self.views.items()}
+        self.views.clear()
+
+    def get(self, keys: Sequence[bytes], views: Sequence[memoryview]) -> int:
+        for at, (key, view) in enumerate(zip(keys, views, strict=True)):
+            if key not in self.kept:
+                return at
+            view[:] = self.kept[key]
+        return len(keys)
+
+
+@pytest.fixture
+def staged(tiering: Tiering, slab: tuple[int, int], store: Store) -> Staged:
+    memory = Staged(*slab)
+    memory.lay_out(64, 64, store.pool)
+    cast(Any, tiering)._node.memory = memory
+    return memory
+
+
+async def test_blocks_that_come_by_way_of_staging_are_kept_right(
+    store: Store, tiering: Tiering, staged: Staged
+) -> None:
+    tier = LateTier()
+    keys = compute(store, 1, 8)
+    for slot in range(SLOTS):
+        staged.view(slot)[:] = bytes([slot + 1]) * 64
+    # Half of the slots, from the chain's end on.
+    await written(tiering, tier, keys[4:])
+    async with asyncio.timeout(10):
+        while not set(keys[4:]) <= set(tier.kept):
+            await asyncio.sleep(0.01)
+    for key in keys[4:]:
+        block = store.cache.get(key)
+        assert block is not None
+        assert tier.kept[key] == bytes(staged.view(block.slot))
+
+
+async def test_what_comes_after_a_block_that_is_missing_does_not_count(tiering: Tiering, staged: Staged) -> None:
+    tier, keys = LateTier(), [b"a", b"b", b"c", b"d"]
+    tier.kept = {key: key * 64 for key in (b"a", b"b", b"d")}
+    assert await tiering.read(Below("late", tier), keys, [3, 1, 2, 0]) == 2
+    assert [bytes(staged.view(slot)) for slot in (3, 1)] == [b"a" * 64, b"b" * 64]

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from headway.slab.host import slot_stride
+from services.kvstore.tiers.contract import Tier
 from services.kvstore.tiers.disk import DiskTier
 from services.kvstore.tiers.layout import Layout
-from services.kvstore.tiers.remote import RemoteTier
 
 DIGEST = b"kv format digest"
 # Not a whole number of pages, so that padding matters.
@@ -43,7 +43,7 @@ def reopen(path: Path, slots: int = SLOTS) -> DiskTier:
     return DiskTier.open(path, capacity(slots), SLOT_BYTES, DIGEST)
 
 
-def put(tier: DiskTier | RemoteTier, *names: int, parent: bytes = b"") -> list[bytes]:
+def put(tier: Tier, *names: int, parent: bytes = b"") -> list[bytes]:
     """A chain of blocks, parents first, written when this returns; their keys."""
     keys = [key_of(name) for name in names]
     for key in keys:
@@ -53,7 +53,7 @@ def put(tier: DiskTier | RemoteTier, *names: int, parent: bytes = b"") -> list[b
     return keys
 
 
-def right(tier: DiskTier | RemoteTier, keys: list[bytes]) -> int:
+def right(tier: Tier, keys: list[bytes]) -> int:
     """How many leading blocks the tier gives; fails if one of them has other bytes than were put."""
     views = [slot() for _ in keys]
     good = tier.get(keys, views)
