@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headway.v1 import common_pb2 as headway_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headway/v1/transfer.proto\x12\nheadway.v1\x1a\x17headway/v1/common.proto\"\xf4\x02\n\x0e\x43onnectRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.headway.v1.PeerHelloH\x00\x12$\n\x03pin\x18\x02 \x01(\x0b\x32\x15.headway.v1.PinBlocksH\x00\x12,\n\x06\x66ollow\x18\x03 \x01(\x0b\x32\x1a.headway.v1.FollowSequenceH\x00\x12)\n\x07release\x18\x04 \x01(\x0b\x32\x16.headway.v1.ReleasePinH\x00\x12-\n\x0bopen_socket\x18\x05 \x01(\x0b\x32\x16.headway.v1.OpenSocketH\x00\x12)\n\topen_nixl\x18\x14 \x01(\x0b\x32\x14.headway.v1.OpenNixlH\x00\x12)\n\tmove_nixl\x18\x15 \x01(\x0b\x32\x14.headway.v1.MoveNixlH\x00\x12+\n\nclose_nixl\x18\x16 \x01(\x0b\x32\x15.headway.v1.CloseNixlH\x00\x42\t\n\x07message\"E\n\tPeerHello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\'\n\tkv_format\x18\x02 \x01(\x0b\x32\x14.headway.v1.KvFormat\"X\n\tPinBlocks\x12\x0f\n\x07pull_id\x18\x01 \x01(\x04\x12\x12\n\nblock_keys\x18\x02 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x11\n\tarrival_s\x18\x04 \x01(\x01\"\\\n\x0e\x46ollowSequence\x12\x0f\n\x07pull_id\x18\x01 \x01(\x04\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\"\x1d\n\nReleasePin\x12\x0f\n\x07pull_id\x18\x01 \x01(\x04\" \n\nOpenSocket\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\x81\x01\n\x08NixlCard\x12\x10\n\x08metadata\x18\x01 \x01(\x0c\x12\x14\n\x0cslab_address\x18\x02 \x01(\x04\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x0e\n\x06stride\x18\x04 \x01(\x04\x12\x15\n\rprobe_address\x18\x05 \x01(\x04\x12\x17\n\x0flanding_address\x18\x06 \x01(\x04\".\n\x08OpenNixl\x12\"\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x14.headway.v1.NixlCard\"e\n\x08MoveNixl\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x0f\n\x07targets\x18\x04 \x03(\r\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x08\"\x0b\n\tCloseNixl\"\xf8\x01\n\x0f\x43onnectResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.headway.v1.PeerWelcomeH\x00\x12&\n\x04held\x18\x02 \x01(\x0b\x32\x16.headway.v1.BlocksHeldH\x00\x12*\n\x06socket\x18\x03 \x01(\x0b\x32\x18.headway.v1.SocketOpenedH\x00\x12-\n\x0bnixl_opened\x18\x14 \x01(\x0b\x32\x16.headway.v1.NixlOpenedH\x00\x12+\n\nnixl_moved\x18\x15 \x01(\x0b\x32\x15.headway.v1.NixlMovedH\x00\x42\t\n\x07message\"=\n\x0bPeerWelcome\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06secret\x18\x03 \x01(\x0c\"t\n\nBlocksHeld\x12\x0f\n\x07pull_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x13\n\x0bgenerations\x18\x04 \x03(\x04\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12\x0e\n\x06tokens\x18\x06 \x01(\r\"@\n\x0cSocketOpened\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0e\n\x06secret\x18\x03 \x01(\x0c\"?\n\nNixlOpened\x12\"\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x14.headway.v1.NixlCard\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"R\n\tNixlMoved\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x63urrent\x18\x02 \x03(\x08\x12\x11\n\tchecksums\x18\x03 \x03(\x04\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"Y\n\x11ReadBlocksRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x08\"d\n\x12ReadBlocksResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0f\n\x07\x63urrent\x18\x04 \x01(\x08\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x04\x32\xa8\x01\n\x0fTransferService\x12\x46\n\x07\x43onnect\x12\x1a.headway.v1.ConnectRequest\x1a\x1b.headway.v1.ConnectResponse(\x01\x30\x01\x12M\n\nReadBlocks\x12\x1d.headway.v1.ReadBlocksRequest\x1a\x1e.headway.v1.ReadBlocksResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headway/v1/transfer.proto\x12\nheadway.v1\x1a\x17headway/v1/common.proto\"\xc9\x03\n\x0e\x43onnectRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.headway.v1.PeerHelloH\x00\x12$\n\x03pin\x18\x02 \x01(\x0b\x32\x15.headway.v1.PinBlocksH\x00\x12,\n\x06\x66ollow\x18\x03 \x01(\x0b\x32\x1a.headway.v1.FollowSequenceH\x00\x12)\n\x07release\x18\x04 \x01(\x0b\x32\x16.headway.v1.ReleasePinH\x00\x12-\n\x0bopen_socket\x18\x05 \x01(\x0b\x32\x16.headway.v1.OpenSocketH\x00\x12)\n\topen_peer\x18\x06 \x01(\x0b\x32\x14.headway.v1.OpenPeerH\x00\x12(\n\x05\x63heck\x18\x07 \x01(\x0b\x32\x17.headway.v1.CheckBlocksH\x00\x12)\n\topen_nixl\x18\x14 \x01(\x0b\x32\x14.headway.v1.OpenNixlH\x00\x12)\n\tmove_nixl\x18\x15 \x01(\x0b\x32\x14.headway.v1.MoveNixlH\x00\x12+\n\nclose_nixl\x18\x16 \x01(\x0b\x32\x15.headway.v1.CloseNixlH\x00\x42\t\n\x07message\"E\n\tPeerHello\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\'\n\tkv_format\x18\x02 \x01(\x0b\x32\x14.headway.v1.KvFormat\"X\n\tPinBlocks\x12\x0f\n\x07pull_id\x18\x01 \x01(\x04\x12\x12\n\nblock_keys\x18\x02 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x11\n\tarrival_s\x18\x04 \x01(\x01\"\\\n\x0e\x46ollowSequence\x12\x0f\n\x07pull_id\x18\x01 \x01(\x04\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\"\x1d\n\nReleasePin\x12\x0f\n\x07pull_id\x18\x01 \x01(\x04\" \n\nOpenSocket\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\n\n\x08OpenPeer\"W\n\x0b\x43heckBlocks\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x08\"\x81\x01\n\x08NixlCard\x12\x10\n\x08metadata\x18\x01 \x01(\x0c\x12\x14\n\x0cslab_address\x18\x02 \x01(\x04\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x0e\n\x06stride\x18\x04 \x01(\x04\x12\x15\n\rprobe_address\x18\x05 \x01(\x04\x12\x17\n\x0flanding_address\x18\x06 \x01(\x04\".\n\x08OpenNixl\x12\"\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x14.headway.v1.NixlCard\"e\n\x08MoveNixl\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x0f\n\x07targets\x18\x04 \x03(\r\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x08\"\x0b\n\tCloseNixl\"\xd5\x02\n\x0f\x43onnectResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.headway.v1.PeerWelcomeH\x00\x12&\n\x04held\x18\x02 \x01(\x0b\x32\x16.headway.v1.BlocksHeldH\x00\x12*\n\x06socket\x18\x03 \x01(\x0b\x32\x18.headway.v1.SocketOpenedH\x00\x12-\n\x0bpeer_opened\x18\x04 \x01(\x0b\x32\x16.headway.v1.PeerOpenedH\x00\x12,\n\x07\x63hecked\x18\x05 \x01(\x0b\x32\x19.headway.v1.BlocksCheckedH\x00\x12-\n\x0bnixl_opened\x18\x14 \x01(\x0b\x32\x16.headway.v1.NixlOpenedH\x00\x12+\n\nnixl_moved\x18\x15 \x01(\x0b\x32\x15.headway.v1.NixlMovedH\x00\x42\t\n\x07message\"=\n\x0bPeerWelcome\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06secret\x18\x03 \x01(\x0c\"t\n\nBlocksHeld\x12\x0f\n\x07pull_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x13\n\x0bgenerations\x18\x04 \x03(\x04\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12\x0e\n\x06tokens\x18\x06 \x01(\r\"@\n\x0cSocketOpened\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0e\n\x06secret\x18\x03 \x01(\x0c\"\x91\x01\n\nPeerOpened\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06\x62us_id\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0e\n\x06handle\x18\x04 \x01(\x0c\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x14\n\x0cprobe_handle\x18\x06 \x01(\x0c\x12\x13\n\x0bprobe_bytes\x18\x07 \x01(\x04\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"G\n\rBlocksChecked\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x63urrent\x18\x02 \x03(\x08\x12\x11\n\tchecksums\x18\x03 \x03(\x04\"?\n\nNixlOpened\x12\"\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x14.headway.v1.NixlCard\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"R\n\tNixlMoved\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x63urrent\x18\x02 \x03(\x08\x12\x11\n\tchecksums\x18\x03 \x03(\x04\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"Y\n\x11ReadBlocksRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x08\"d\n\x12ReadBlocksResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0f\n\x07\x63urrent\x18\x04 \x01(\x08\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x04\x32\xa8\x01\n\x0fTransferService\x12\x46\n\x07\x43onnect\x12\x1a.headway.v1.ConnectRequest\x1a\x1b.headway.v1.ConnectResponse(\x01\x30\x01\x12M\n\nReadBlocks\x12\x1d.headway.v1.ReadBlocksRequest\x1a\x1e.headway.v1.ReadBlocksResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,41 +33,49 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headway.v1.transfer_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONNECTREQUEST']._serialized_start=67
-  _globals['_CONNECTREQUEST']._serialized_end=439
-  _globals['_PEERHELLO']._serialized_start=441
-  _globals['_PEERHELLO']._serialized_end=510
-  _globals['_PINBLOCKS']._serialized_start=512
-  _globals['_PINBLOCKS']._serialized_end=600
-  _globals['_FOLLOWSEQUENCE']._serialized_start=602
-  _globals['_FOLLOWSEQUENCE']._serialized_end=694
-  _globals['_RELEASEPIN']._serialized_start=696
-  _globals['_RELEASEPIN']._serialized_end=725
-  _globals['_OPENSOCKET']._serialized_start=727
-  _globals['_OPENSOCKET']._serialized_end=759
-  _globals['_NIXLCARD']._serialized_start=762
-  _globals['_NIXLCARD']._serialized_end=891
-  _globals['_OPENNIXL']._serialized_start=893
-  _globals['_OPENNIXL']._serialized_end=939
-  _globals['_MOVENIXL']._serialized_start=941
-  _globals['_MOVENIXL']._serialized_end=1042
-  _globals['_CLOSENIXL']._serialized_start=1044
-  _globals['_CLOSENIXL']._serialized_end=1055
-  _globals['_CONNECTRESPONSE']._serialized_start=1058
-  _globals['_CONNECTRESPONSE']._serialized_end=1306
-  _globals['_PEERWELCOME']._serialized_start=1308
-  _globals['_PEERWELCOME']._serialized_end=1369
-  _globals['_BLOCKSHELD']._serialized_start=1371
-  _globals['_BLOCKSHELD']._serialized_end=1487
-  _globals['_SOCKETOPENED']._serialized_start=1489
-  _globals['_SOCKETOPENED']._serialized_end=1553
-  _globals['_NIXLOPENED']._serialized_start=1555
-  _globals['_NIXLOPENED']._serialized_end=1618
-  _globals['_NIXLMOVED']._serialized_start=1620
-  _globals['_NIXLMOVED']._serialized_end=1702
-  _globals['_READBLOCKSREQUEST']._serialized_start=1704
-  _globals['_READBLOCKSREQUEST']._serialized_end=1793
-  _globals['_READBLOCKSRESPONSE']._serialized_start=1795
-  _globals['_READBLOCKSRESPONSE']._serialized_end=1895
-  _globals['_TRANSFERSERVICE']._serialized_start=1898
-  _globals['_TRANSFERSERVICE']._serialized_end=2066
+  _globals['_CONNECTREQUEST']._serialized_end=524
+  _globals['_PEERHELLO']._serialized_start=526
+  _globals['_PEERHELLO']._serialized_end=595
+  _globals['_PINBLOCKS']._serialized_start=597
+  _globals['_PINBLOCKS']._serialized_end=685
+  _globals['_FOLLOWSEQUENCE']._serialized_start=687
+  _globals['_FOLLOWSEQUENCE']._serialized_end=779
+  _globals['_RELEASEPIN']._serialized_start=781
+  _globals['_RELEASEPIN']._serialized_end=810
+  _globals['_OPENSOCKET']._serialized_start=812
+  _globals['_OPENSOCKET']._serialized_end=844
+  _globals['_OPENPEER']._serialized_start=846
+  _globals['_OPENPEER']._serialized_end=856
+  _globals['_CHECKBLOCKS']._serialized_start=858
+  _globals['_CHECKBLOCKS']._serialized_end=945
+  _globals['_NIXLCARD']._serialized_start=948
+  _globals['_NIXLCARD']._serialized_end=1077
+  _globals['_OPENNIXL']._serialized_start=1079
+  _globals['_OPENNIXL']._serialized_end=1125
+  _globals['_MOVENIXL']._serialized_start=1127
+  _globals['_MOVENIXL']._serialized_end=1228
+  _globals['_CLOSENIXL']._serialized_start=1230
+  _globals['_CLOSENIXL']._serialized_end=1241
+  _globals['_CONNECTRESPONSE']._serialized_start=1244
+  _globals['_CONNECTRESPONSE']._serialized_end=1585
+  _globals['_PEERWELCOME']._serialized_start=1587
+  _globals['_PEERWELCOME']._serialized_end=1648
+  _globals['_BLOCKSHELD']._serialized_start=1650
+  _globals['_BLOCKSHELD']._serialized_end=1766
+  _globals['_SOCKETOPENED']._serialized_start=1768
+  _globals['_SOCKETOPENED']._serialized_end=1832
+  _globals['_PEEROPENED']._serialized_start=1835
+  _globals['_PEEROPENED']._serialized_end=1980
+  _globals['_BLOCKSCHECKED']._serialized_start=1982
+  _globals['_BLOCKSCHECKED']._serialized_end=2053
+  _globals['_NIXLOPENED']._serialized_start=2055
+  _globals['_NIXLOPENED']._serialized_end=2118
+  _globals['_NIXLMOVED']._serialized_start=2120
+  _globals['_NIXLMOVED']._serialized_end=2202
+  _globals['_READBLOCKSREQUEST']._serialized_start=2204
+  _globals['_READBLOCKSREQUEST']._serialized_end=2293
+  _globals['_READBLOCKSRESPONSE']._serialized_start=2295
+  _globals['_READBLOCKSRESPONSE']._serialized_end=2395
+  _globals['_TRANSFERSERVICE']._serialized_start=2398
+  _globals['_TRANSFERSERVICE']._serialized_end=2566
 # @@protoc_insertion_point(module_scope)

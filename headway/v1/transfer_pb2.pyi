@@ -28,6 +28,8 @@ class ConnectRequest(_message.Message):
     FOLLOW_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     OPEN_SOCKET_FIELD_NUMBER: _builtins.int
+    OPEN_PEER_FIELD_NUMBER: _builtins.int
+    CHECK_FIELD_NUMBER: _builtins.int
     OPEN_NIXL_FIELD_NUMBER: _builtins.int
     MOVE_NIXL_FIELD_NUMBER: _builtins.int
     CLOSE_NIXL_FIELD_NUMBER: _builtins.int
@@ -42,6 +44,10 @@ class ConnectRequest(_message.Message):
     @_builtins.property
     def open_socket(self) -> Global___OpenSocket: ...
     @_builtins.property
+    def open_peer(self) -> Global___OpenPeer: ...
+    @_builtins.property
+    def check(self) -> Global___CheckBlocks: ...
+    @_builtins.property
     def open_nixl(self) -> Global___OpenNixl: ...
     @_builtins.property
     def move_nixl(self) -> Global___MoveNixl: ...
@@ -55,15 +61,17 @@ class ConnectRequest(_message.Message):
         follow: Global___FollowSequence | None = ...,
         release: Global___ReleasePin | None = ...,
         open_socket: Global___OpenSocket | None = ...,
+        open_peer: Global___OpenPeer | None = ...,
+        check: Global___CheckBlocks | None = ...,
         open_nixl: Global___OpenNixl | None = ...,
         move_nixl: Global___MoveNixl | None = ...,
         close_nixl: Global___CloseNixl | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["close_nixl", b"close_nixl", "follow", b"follow", "hello", b"hello", "message", b"message", "move_nixl", b"move_nixl", "open_nixl", b"open_nixl", "open_socket", b"open_socket", "pin", b"pin", "release", b"release"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "close_nixl", b"close_nixl", "follow", b"follow", "hello", b"hello", "message", b"message", "move_nixl", b"move_nixl", "open_nixl", b"open_nixl", "open_peer", b"open_peer", "open_socket", b"open_socket", "pin", b"pin", "release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_nixl", b"close_nixl", "follow", b"follow", "hello", b"hello", "message", b"message", "move_nixl", b"move_nixl", "open_nixl", b"open_nixl", "open_socket", b"open_socket", "pin", b"pin", "release", b"release"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "close_nixl", b"close_nixl", "follow", b"follow", "hello", b"hello", "message", b"message", "move_nixl", b"move_nixl", "open_nixl", b"open_nixl", "open_peer", b"open_peer", "open_socket", b"open_socket", "pin", b"pin", "release", b"release"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "pin", "follow", "release", "open_socket", "open_nixl", "move_nixl", "close_nixl"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "pin", "follow", "release", "open_socket", "open_peer", "check", "open_nixl", "move_nixl", "close_nixl"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -199,6 +207,55 @@ class OpenSocket(_message.Message):
 Global___OpenSocket: _TypeAlias = OpenSocket  # noqa: Y015
 
 @_typing.final
+class OpenPeer(_message.Message):
+    """A store on a device of the same host would open this store's slab and copy from it by itself; PeerOpened answers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenPeer: _TypeAlias = OpenPeer  # noqa: Y015
+
+@_typing.final
+class CheckBlocks(_message.Message):
+    """The bytes of these blocks were copied: were they still theirs? BlocksChecked answers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    checksum: _builtins.bool
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
+        generations: _abc.Iterable[_builtins.int] | None = ...,
+        checksum: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "generations", b"generations", "request_id", b"request_id", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckBlocks: _TypeAlias = CheckBlocks  # noqa: Y015
+
+@_typing.final
 class NixlCard(_message.Message):
     """A NIXL agent and the slab that is registered with it."""
 
@@ -320,6 +377,8 @@ class ConnectResponse(_message.Message):
     WELCOME_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     SOCKET_FIELD_NUMBER: _builtins.int
+    PEER_OPENED_FIELD_NUMBER: _builtins.int
+    CHECKED_FIELD_NUMBER: _builtins.int
     NIXL_OPENED_FIELD_NUMBER: _builtins.int
     NIXL_MOVED_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -328,6 +387,10 @@ class ConnectResponse(_message.Message):
     def held(self) -> Global___BlocksHeld: ...
     @_builtins.property
     def socket(self) -> Global___SocketOpened: ...
+    @_builtins.property
+    def peer_opened(self) -> Global___PeerOpened: ...
+    @_builtins.property
+    def checked(self) -> Global___BlocksChecked: ...
     @_builtins.property
     def nixl_opened(self) -> Global___NixlOpened: ...
     @_builtins.property
@@ -338,14 +401,16 @@ class ConnectResponse(_message.Message):
         welcome: Global___PeerWelcome | None = ...,
         held: Global___BlocksHeld | None = ...,
         socket: Global___SocketOpened | None = ...,
+        peer_opened: Global___PeerOpened | None = ...,
+        checked: Global___BlocksChecked | None = ...,
         nixl_opened: Global___NixlOpened | None = ...,
         nixl_moved: Global___NixlMoved | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "message", b"message", "nixl_moved", b"nixl_moved", "nixl_opened", b"nixl_opened", "socket", b"socket", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "held", b"held", "message", b"message", "nixl_moved", b"nixl_moved", "nixl_opened", b"nixl_opened", "peer_opened", b"peer_opened", "socket", b"socket", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "message", b"message", "nixl_moved", b"nixl_moved", "nixl_opened", b"nixl_opened", "socket", b"socket", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "held", b"held", "message", b"message", "nixl_moved", b"nixl_moved", "nixl_opened", b"nixl_opened", "peer_opened", b"peer_opened", "socket", b"socket", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "held", "socket", "nixl_opened", "nixl_moved"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "held", "socket", "peer_opened", "checked", "nixl_opened", "nixl_moved"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -445,6 +510,80 @@ class SocketOpened(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SocketOpened: _TypeAlias = SocketOpened  # noqa: Y015
+
+@_typing.final
+class PeerOpened(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    BUS_ID_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    HANDLE_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    PROBE_HANDLE_FIELD_NUMBER: _builtins.int
+    PROBE_BYTES_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """As of SlabDevice; `host` is the kernel's boot id: handles lead nowhere on another host."""
+    bus_id: _builtins.str
+    host: _builtins.str
+    handle: _builtins.bytes
+    """To the slab of so many bytes, and to the bytes of one slot that a probe reads."""
+    bytes: _builtins.int
+    probe_handle: _builtins.bytes
+    probe_bytes: _builtins.int
+    error: _builtins.str
+    """Set when there is none; one sentence."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        bus_id: _builtins.str = ...,
+        host: _builtins.str = ...,
+        handle: _builtins.bytes = ...,
+        bytes: _builtins.int = ...,
+        probe_handle: _builtins.bytes = ...,
+        probe_bytes: _builtins.int = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bus_id", b"bus_id", "bytes", b"bytes", "error", b"error", "handle", b"handle", "host", b"host", "kind", b"kind", "probe_bytes", b"probe_bytes", "probe_handle", b"probe_handle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerOpened: _TypeAlias = PeerOpened  # noqa: Y015
+
+@_typing.final
+class BlocksChecked(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CURRENT_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    @_builtins.property
+    def current(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """For each slot: whether it still was what the reader took it for."""
+
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """xxh3_64 of each, when asked for."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        current: _abc.Iterable[_builtins.bool] | None = ...,
+        checksums: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "current", b"current", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlocksChecked: _TypeAlias = BlocksChecked  # noqa: Y015
 
 @_typing.final
 class NixlOpened(_message.Message):

@@ -26,7 +26,7 @@ class KvStoreConfig:
     run_dir: str = option("/tmp", "folder for the unix socket that hands out the slab's descriptor")
     handoff_hold_s: float = option(10.0, "how long a lease waits for its decode worker after prefill")
     worker_silence_s: float = option(3.0, "after how long without a sign of life a worker's leases are suspended")
-    planes: tuple[str, ...] = option(("socket", "grpc"), "how bytes may move between nodes: socket, grpc, nixl")
+    planes: tuple[str, ...] = option(("socket", "grpc"), "how bytes may move between nodes: socket, grpc, nixl, peer")
     transfer_host: str = option("127.0.0.1", "address that other nodes' kvstores connect to for bytes")
     transfer_port: int = option(0, "port for that; 0 lets the kernel choose")
     transfer_connections: int = option(0, "data connections to each other node; 0: one for two cores, at most 4")
@@ -61,10 +61,12 @@ class KvStoreConfig:
             raise ConfigError(
                 "setting planes names nixl, which moves slabs in host memory only; leave it out on a device"
             )
-        unknown = set(self.planes) - {"socket", "grpc", "nixl"}
+        if self.device == CPU and "peer" in self.planes:
+            raise ConfigError("setting planes names peer, which is for slabs on devices of one host; leave it out here")
+        unknown = set(self.planes) - {"socket", "grpc", "nixl", "peer"}
         if unknown or not self.planes:
             named = ", ".join(self.planes)
-            raise ConfigError(f"setting planes is {named}; it may name socket, grpc and nixl, at least one")
+            raise ConfigError(f"setting planes is {named}; it may name socket, grpc, nixl and peer, at least one")
         if self.transfer_connections < 0:
             raise ConfigError(f"setting transfer_connections is {self.transfer_connections}; it must be at least 0")
         if not 0 < self.transfer_timeout_s < math.inf:

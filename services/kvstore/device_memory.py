@@ -16,12 +16,16 @@ class DeviceMemory(Memory):
 
     def __init__(self, segment: DeviceSegment) -> None:
         super().__init__()
-        self._segment = segment
+        self.segment = segment
         self._staging: Staging | None = None
 
     def lay_out(self, slot_bytes: int, stride: int, pool: SlotPool) -> None:
         super().lay_out(slot_bytes, stride, pool)
-        self._staging = Staging(self._segment.device, self._segment.address, slot_bytes, stride)
+        self._staging = Staging(self.segment.device, self.segment.address, slot_bytes, stride)
+
+    def address(self, slot: int) -> int:
+        """Where the slot begins on the device."""
+        return self.segment.address + slot * self.stride
 
     def outgoing(self, slots: Sequence[int]) -> Pieces:
         return self._pieces(slots, self._staged.outgoing)

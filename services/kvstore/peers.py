@@ -16,11 +16,13 @@ from headway.runtime.channels import open_channel
 from headway.runtime.convert import kv_format_to_proto
 from headway.v1 import kvstore_pb2, transfer_pb2_grpc
 from headway.v1 import transfer_pb2 as pb
+from services.kvstore.device_memory import DeviceMemory
 from services.kvstore.memory import SlabMemory
 from services.kvstore.node import Node
 from services.kvstore.planes.contract import Checksums, Copied, Move, Plane, PlaneError, Urgency
 from services.kvstore.planes.grpc_plane import GrpcPlane
 from services.kvstore.planes.nixl_plane import NixlPlane
+from services.kvstore.planes.peer_plane import PeerPlane
 from services.kvstore.planes.probe import probe
 from services.kvstore.planes.socket_plane import SocketPlane
 
@@ -48,8 +50,9 @@ class _Link:
     rates: dict[str, float] = field(default_factory=dict)
     held: dict[int, asyncio.Queue[pb.BlocksHeld]] = field(default_factory=dict)
     sockets: dict[int, asyncio.Future[pb.SocketOpened]] = field(default_factory=dict)
-    # The last one that was opened, also before it is among the planes.
+    # The last ones that were opened, also before they are among the planes.
     nixl: NixlPlane | None = None
+    peer: PeerPlane | None = None
     repaired_s: float = 0.0
     broken: bool = False
 
@@ -219,8 +222,9 @@ class Peer:
             link.broken = True
             for plane in link.planes.values():
                 plane.close()
-            if link.nixl is not None:
-                link.nixl.close()
+            for opened_last in (link.nixl, link.peer):
+                if opened_last is not None:
+                    opened_last.close()
             for queue in link.held.values():
                 queue.put_nowait(pb.BlocksHeld())
             for opened in link.sockets.values():
@@ -242,6 +246,9 @@ class Peer:
             elif response.HasField("nixl_opened") or response.HasField("nixl_moved"):
                 if link.nixl is not None:
                     link.nixl.heard(response)
+            elif response.HasField("peer_opened") or response.HasField("checked"):
+                if link.peer is not None:
+                    link.peer.heard(response)
             elif opened := link.sockets.pop(response.socket.request_id, None):
                 opened.set_result(response.socket)
 
@@ -277,6 +284,12 @@ class Peer:
             link.nixl = NixlPlane(node.memory, self._checksums, timeout_s, link.out.put_nowait)
             await link.nixl.open(node.config.node_id)
             return link.nixl
+        if name == "peer":
+            if not isinstance(node.memory, DeviceMemory):
+                raise PlaneError("the plane peer is for slabs on devices")
+            link.peer = PeerPlane(node.memory, self._checksums, timeout_s, link.out.put_nowait)
+            await link.peer.open()
+            return link.peer
         by_socket = SocketPlane(node.memory, self._checksums, timeout_s)
 
         async def ask() -> tuple[int, bytes]:

@@ -23,6 +23,7 @@ from services.kvstore.memory import Memory, SlabMemory
 from services.kvstore.node import Node
 from services.kvstore.planes.nixl_agent import NixlError, check_nixl
 from services.kvstore.planes.nixl_source import NixlSource
+from services.kvstore.planes.peer_source import PeerSource
 from services.kvstore.planes.socket_source import SocketSource
 from services.kvstore.pulls import Pulls
 from services.kvstore.restart import Keeper
@@ -54,7 +55,8 @@ async def serve(config: KvStoreConfig) -> None:
         pulls, tiering = Pulls(node), Tiering(node)
         sockets = _socket_source(config, memory)
         nixl = _nixl_source(config, memory)
-        transfers = TransferServicer(node, sockets, nixl, serve_bytes="grpc" in config.planes)
+        peer = PeerSource(memory) if "peer" in config.planes and isinstance(memory, DeviceMemory) else None
+        transfers = TransferServicer(node, sockets, nixl, peer, serve_bytes="grpc" in config.planes)
         add_transfers(server.server, transfers)
         descriptors = DescriptorSocket(node, Path(config.run_dir).resolve())
         servicer = KvStoreServicer(node, str(descriptors.path))
@@ -78,6 +80,8 @@ async def serve(config: KvStoreConfig) -> None:
                 sockets.close()
             if nixl is not None:
                 await asyncio.to_thread(nixl.close)
+            if peer is not None:
+                await asyncio.to_thread(peer.close)
             if isinstance(keeper, DeviceKeeper):
                 await node.abandoned(LET_GO_S)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,6 +17,7 @@ from headway.v1 import transfer_pb2_grpc
 from services.kvstore.node import Node
 from services.kvstore.planes.grpc_plane import pieces
 from services.kvstore.planes.nixl_source import NixlSource
+from services.kvstore.planes.peer_source import PeerSource
 from services.kvstore.planes.socket_source import SocketSource
 from services.kvstore.readers import Reader
 
@@ -38,12 +40,21 @@ def add_transfers(server: grpc.aio.Server, servicer: TransferServicer) -> None:
 
 
 class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
-    """`sockets` and `nixl` are None where that plane is switched off; `serve_bytes`: whether the gRPC plane is on."""
+    """`sockets`, `nixl`, `peer`: None where that plane is switched off; `serve_bytes`: whether the gRPC plane is on."""
 
-    def __init__(self, node: Node, sockets: SocketSource | None, nixl: NixlSource | None, *, serve_bytes: bool) -> None:
+    def __init__(
+        self,
+        node: Node,
+        sockets: SocketSource | None,
+        nixl: NixlSource | None,
+        peer: PeerSource | None,
+        *,
+        serve_bytes: bool,
+    ) -> None:
         self._node = node
         self._sockets = sockets
         self._nixl = nixl
+        self._peer = peer
         self._serve_bytes = serve_bytes
 
     async def Connect(
@@ -103,6 +114,8 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
                     self._open_socket(request.open_socket, reader)
                 elif kind in ("open_nixl", "move_nixl", "close_nixl"):
                     self._to_nixl(request, reader)
+                elif kind in ("open_peer", "check"):
+                    self._to_peer(request, reader)
                 self._node.settle()
         except Exception:
             log.exception("peer=%s event=connect_failed", reader.joiner)
@@ -121,6 +134,20 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
         elif request.HasField("open_nixl"):
             refused = pb.NixlOpened(error="this node does not serve the plane nixl")
             reader.put(pb.ConnectResponse(nixl_opened=refused))
+
+    def _to_peer(self, request: pb.ConnectRequest, reader: Reader) -> None:
+        if self._peer is not None:
+            loop = asyncio.get_running_loop()
+
+            def answer(response: pb.ConnectResponse) -> None:
+                # At the very end the loop may be gone before the thread.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(reader.put, response)
+
+            self._peer.heard(request, answer)
+        elif request.HasField("open_peer"):
+            refused = pb.PeerOpened(error="this node does not serve the plane peer")
+            reader.put(pb.ConnectResponse(peer_opened=refused))
 
     async def ReadBlocks(  # type: ignore[override]
         self, request: pb.ReadBlocksRequest, context: ReadContext

@@ -123,14 +123,16 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(tmp_path: Path, *flags: str) -> AsyncIterator[Pair]:
+async def pair(tmp_path: Path, *flags: str, source: tuple[str, ...] = ()) -> AsyncIterator[Pair]:
+    """`source`: flags for that side only, which come last and count."""
     async with AsyncExitStack() as stack:
         data_port = free_port()
         sides = []
         for name, port in (("source", data_port), ("reader", 0)):
             (tmp_path / name).mkdir()
             node = ("--node-id", name, "--checksum", "all", "--transfer-timeout-s", "1", "--transfer-port", str(port))
-            process = kvstore(tmp_path / name, SLOTS * SLOT_BYTES, *node, *flags)
+            own = source if name == "source" else ()
+            process = kvstore(tmp_path / name, SLOTS * SLOT_BYTES, *node, *flags, *own)
             stack.enter_context(running(process))
             worker = await stack.enter_async_context(attached(process.address, f"worker-{name}", kv_format=WIDE))
             sides.append(Side(process, worker, worker.map()))

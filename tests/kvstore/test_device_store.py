@@ -65,9 +65,9 @@ async def test_a_secret_opens_the_slab_once(store: ServiceProcess) -> None:
             fetch_handle(peer.welcome.socket_path, peer.welcome.secret)
 
 
-@pytest.mark.parametrize("plane", ["socket", "grpc"])
-async def test_blocks_of_one_device_reach_another_by_way_of_staging(tmp_path: Path, plane: str) -> None:
-    """A few buffers' worth: what is sealed at one store is pulled by the other one, and is the same."""
+@pytest.mark.parametrize("plane", ["socket", "grpc", "peer"])
+async def test_blocks_of_one_device_reach_another(tmp_path: Path, plane: str) -> None:
+    """By way of staging (a few buffers' worth), or by itself: what is sealed at one store is the same at the other."""
     tokens = list(range(60 * BLOCK))
     async with AsyncExitStack() as stack:
         processes = [
@@ -141,6 +141,7 @@ async def test_memory_is_freed_only_once_workers_have_let_go(store: ServiceProce
         (["--device", "numpy:9"], "there is no numpy:9: this process sees 2 such devices"),
         (["--device", "gpu"], "setting device is gpu; it must be cpu, or cuda:N"),
         (["--device", "numpy:0", "--slab-bytes", str(1 << 50)], "bytes free; make slab_bytes smaller"),
+        (["--planes", "peer"], "setting planes names peer, which is for slabs on devices of one host"),
         (["--host-bytes", "99999"], "setting host_bytes is for slabs on a device; make slab_bytes larger instead"),
     ],
 )
