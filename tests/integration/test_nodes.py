@@ -19,16 +19,19 @@ BLOCK = 16
 BLOCK_BYTES = 128
 # A millisecond a prompt token, so that fetching a prefix is worth it.
 FLAGS = ("--sim-prefill", "0,0.001,0")
+WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 
 def spec(planes: str, *kvstore_flags: str) -> FleetSpec:
-    flags = ("--planes", planes, "--checksum", "all", *kvstore_flags)
-    return FleetSpec(
-        2, 2, model="sim", engine="sim", slab_bytes=4 << 20, nodes=2, worker_flags=FLAGS, flags={"kvstore": flags}
-    )
+    """Nodes in host memory; a device each for the plane that is for devices."""
+    flags: dict[str, tuple[str, ...]] = {"kvstore": ("--planes", planes, "--checksum", "all", *kvstore_flags)}
+    if planes == "peer":
+        flags["kvstore"] += ("--device", "numpy:0")
+        flags |= {name: ("--device", f"numpy:{name[-1]}") for name in ("kvstore-1", *WORKERS)}
+    return FleetSpec(2, 2, model="sim", engine="sim", slab_bytes=4 << 20, nodes=2, worker_flags=FLAGS, flags=flags)
 
 
-@pytest.fixture(scope="module", params=["socket", "grpc", pytest.param("nixl", marks=pytest.mark.nixl)])
+@pytest.fixture(scope="module", params=["socket", "grpc", "peer", pytest.param("nixl", marks=pytest.mark.nixl)])
 def nodes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Fleet]]:
     with Fleet(spec(request.param), tmp_path_factory.mktemp("nodes")) as fleet:
         fleet.wait_ready(60)
