@@ -6,23 +6,14 @@ over; it keeps its place, so it is met first once it can go.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from headway.core.evict import Candidates, Resident
 
 
-class Blind:
-    """In a replay nobody asks who is next before it goes."""
-
-    def order(self, block: Resident) -> int:
-        raise NotImplementedError("only the slab's own policy is asked")
-
-    def in_order(self) -> Iterator[Resident]:
-        raise NotImplementedError("only the slab's own policy is asked")
-
-
-class Base(Blind):
+class Base:
     """One queue of candidates by rank; subclasses say the rank."""
 
     def __init__(self, capacity: int) -> None:
@@ -96,7 +87,7 @@ class Fifo(Base):
         return block
 
 
-class TwoClasses(Blind):
+class TwoClasses(ABC):
     """Blocks used once and blocks used often, each least recently used first; a returning ghost counts as used often.
 
     `once` and `often` count all resident blocks of a class, not only its candidates.
@@ -108,16 +99,17 @@ class TwoClasses(Blind):
         self.counts = {False: 0, True: 0}
         self.queues = {False: Candidates(), True: Candidates()}
 
+    @abstractmethod
     def returns(self, block: Resident) -> bool:
         """Whether the block was here before and is remembered."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prefer_once(self) -> bool:
         """Whether the next to go is a block used once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def went(self, block: Resident, *, often: bool) -> None:
-        raise NotImplementedError
+        """The block is gone; `often` says which class it was of."""
 
     def used(self, blocks: Sequence[Resident]) -> None:
         for block in blocks:
@@ -194,7 +186,7 @@ class Arc(TwoClasses):
             self._ghosts[True].drop_oldest()
 
 
-class S3Fifo(Blind):
+class S3Fifo:
     """S3-FIFO (Yang et al., SOSP 2023): a small queue of a tenth, a main queue, ghosts of as many as main holds."""
 
     def __init__(self, capacity: int) -> None:
@@ -249,7 +241,7 @@ class S3Fifo(Blind):
         return block
 
 
-class Sieve(Blind):
+class Sieve:
     """SIEVE (Zhang et al., NSDI 2024): a hand passes from old to new, spares once what was used since, takes the rest.
 
     A chain's children are placed before their parents, so that the hand meets a leaf and then what it continued.

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from headway.core.evict import AgedLfu, Policy, Resident
+from headway.core.evict import AgedLfu, Foreseeable, Policy, Resident
 from headway.core.records import Records
 
 
@@ -88,15 +88,18 @@ class BlockCache:
     def next_out(self) -> Iterator[Block]:
         """Idle blocks in the order in which `evict` would take them, if nothing were used meanwhile.
 
-        Ends with any change; O(k log k) for the first k.
+        Ends with any change; O(k log k) for the first k. Raises TypeError with a policy that cannot tell.
         """
-        leaves = (self._blocks[leaf.key] for leaf in self._policy.in_order())
+        policy = self._policy
+        if not isinstance(policy, Foreseeable):
+            raise TypeError(f"{type(policy).__name__} does not tell who goes next")
+        leaves = (self._blocks[leaf.key] for leaf in policy.in_order())
         leaf = next(leaves, None)
         # Parents all of whose children would be gone by then, and how many of the others' would.
         bare: list[tuple[int, int, Block]] = []
         gone: Counter[Block] = Counter()
         for number in itertools.count():
-            if leaf is not None and (not bare or self._policy.order(leaf) <= bare[0][0]):
+            if leaf is not None and (not bare or policy.order(leaf) <= bare[0][0]):
                 block, leaf = leaf, next(leaves, None)
             elif bare:
                 block = heapq.heappop(bare)[2]
@@ -107,7 +110,7 @@ class BlockCache:
             if parent is not None:
                 gone[parent] += 1
                 if not parent.holds and gone[parent] == parent.children:
-                    heapq.heappush(bare, (self._policy.order(parent), number, parent))
+                    heapq.heappush(bare, (policy.order(parent), number, parent))
 
     def evict(self) -> Block | None:
         """Take out the idle leaf that the policy names; None when every block is held."""

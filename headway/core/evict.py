@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 # More uses do not make a block stay longer: what was hot once must be able to leave.
 MOST_USES = 16
@@ -46,14 +46,19 @@ class Policy(Protocol):
     def withdraw(self, block: Resident) -> None:
         """The block is no candidate any more; no error if it was none."""
 
+    def take(self) -> Resident | None:
+        """The candidate that goes: neither a candidate nor resident any more. None without candidates."""
+
+
+@runtime_checkable
+class Foreseeable(Policy, Protocol):
+    """A policy that also tells who goes next, before it goes."""
+
     def order(self, block: Resident) -> int:
         """Of two candidates the one with the smaller number goes first."""
 
     def in_order(self) -> Iterator[Resident]:
         """The candidates as `take` would give them, if nothing were used meanwhile. Ends with any change."""
-
-    def take(self) -> Resident | None:
-        """The candidate that goes: neither a candidate nor resident any more. None without candidates."""
 
 
 class Candidates:

@@ -22,9 +22,7 @@ from services.kvstore.device_memory import DeviceMemory
 from services.kvstore.memory import Memory, SlabMemory
 from services.kvstore.node import Node
 from services.kvstore.planes.nixl_agent import NixlError, check_nixl
-from services.kvstore.planes.nixl_source import NixlSource
-from services.kvstore.planes.peer_source import PeerSource
-from services.kvstore.planes.socket_source import SocketSource
+from services.kvstore.planes.sources import open_sources
 from services.kvstore.pulls import Pulls
 from services.kvstore.restart import Keeper
 from services.kvstore.service import KvStoreServicer
@@ -42,22 +40,20 @@ async def serve(config: KvStoreConfig) -> None:
     """Serve until SIGTERM. The segment's name goes with a clean stop; workers keep their mapping until they let go."""
     setup_logs(PROGRAM, config.log_level)
     stopped = stop_event()
-    services = [
-        kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"].full_name,
-        transfer_pb2.DESCRIPTOR.services_by_name["TransferService"].full_name,
-    ]
     await asyncio.to_thread(_check_nixl, config)
-    server = GrpcServer(services)
+    server = GrpcServer(
+        [
+            kvstore_pb2.DESCRIPTOR.services_by_name["KvStoreService"].full_name,
+            transfer_pb2.DESCRIPTOR.services_by_name["TransferService"].full_name,
+        ]
+    )
     port = server.listen(config.host, config.port)
     keeper, memory = await asyncio.to_thread(open_slab, config)
     try:
         node = Node(config, keeper, memory)
         pulls, tiering = Pulls(node), Tiering(node)
-        sockets = _socket_source(config, memory)
-        nixl = _nixl_source(config, memory)
-        peer = PeerSource(memory) if "peer" in config.planes and isinstance(memory, DeviceMemory) else None
-        transfers = TransferServicer(node, sockets, nixl, peer, serve_bytes="grpc" in config.planes)
-        add_transfers(server.server, transfers)
+        sources = open_sources(config, memory)
+        add_transfers(server.server, TransferServicer(node, sources, serve_bytes="grpc" in config.planes))
         descriptors = DescriptorSocket(node, Path(config.run_dir).resolve())
         servicer = KvStoreServicer(node, str(descriptors.path))
         kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server(servicer, server.server)
@@ -76,12 +72,7 @@ async def serve(config: KvStoreConfig) -> None:
             for task in running:
                 task.cancel()
             await tiering.close()
-            if sockets is not None:
-                sockets.close()
-            if nixl is not None:
-                await asyncio.to_thread(nixl.close)
-            if peer is not None:
-                await asyncio.to_thread(peer.close)
+            await asyncio.to_thread(sources.close)
             if isinstance(keeper, DeviceKeeper):
                 await node.abandoned(LET_GO_S)
     finally:
@@ -95,12 +86,6 @@ def _check_nixl(config: KvStoreConfig) -> None:
             check_nixl(config.transfer_host)
         except NixlError as error:
             raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
-
-
-def _nixl_source(config: KvStoreConfig, memory: Memory) -> NixlSource | None:
-    if "nixl" not in config.planes or not isinstance(memory, SlabMemory):
-        return None
-    return NixlSource(memory, config.node_id)
 
 
 def open_slab(config: KvStoreConfig) -> tuple[Keeper | DeviceKeeper, Memory]:
@@ -120,14 +105,6 @@ def open_slab(config: KvStoreConfig) -> tuple[Keeper | DeviceKeeper, Memory]:
     except BaseException:
         keeper.remove()
         raise
-
-
-def _socket_source(config: KvStoreConfig, memory: Memory) -> SocketSource | None:
-    if "socket" not in config.planes:
-        return None
-    sockets = SocketSource(memory, config.transfer_host, config.transfer_timeout_s)
-    sockets.start(config.transfer_port)
-    return sockets
 
 
 def main() -> None:

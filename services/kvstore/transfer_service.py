@@ -16,9 +16,7 @@ from headway.v1 import transfer_pb2 as pb
 from headway.v1 import transfer_pb2_grpc
 from services.kvstore.node import Node
 from services.kvstore.planes.grpc_plane import pieces
-from services.kvstore.planes.nixl_source import NixlSource
-from services.kvstore.planes.peer_source import PeerSource
-from services.kvstore.planes.socket_source import SocketSource
+from services.kvstore.planes.sources import Sources
 from services.kvstore.readers import Reader
 
 log = logging.getLogger(__name__)
@@ -40,21 +38,11 @@ def add_transfers(server: grpc.aio.Server, servicer: TransferServicer) -> None:
 
 
 class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
-    """`sockets`, `nixl`, `peer`: None where that plane is switched off; `serve_bytes`: whether the gRPC plane is on."""
+    """`serve_bytes`: whether the gRPC plane is on."""
 
-    def __init__(
-        self,
-        node: Node,
-        sockets: SocketSource | None,
-        nixl: NixlSource | None,
-        peer: PeerSource | None,
-        *,
-        serve_bytes: bool,
-    ) -> None:
+    def __init__(self, node: Node, sources: Sources, *, serve_bytes: bool) -> None:
         self._node = node
-        self._sockets = sockets
-        self._nixl = nixl
-        self._peer = peer
+        self._sources = sources
         self._serve_bytes = serve_bytes
 
     async def Connect(
@@ -81,10 +69,7 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
             del node.readers[reader.key]
             reader.close()
             node.settle()
-            if self._sockets is not None:
-                self._sockets.dismiss(reader)
-            if self._nixl is not None:
-                self._nixl.dismiss(reader)
+            self._sources.dismiss(reader)
 
     async def _hello(self, requests: AsyncIterator[pb.ConnectRequest], context: Context) -> Reader:
         first = await anext(requests, None)
@@ -124,19 +109,19 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
 
     def _open_socket(self, request: pb.OpenSocket, reader: Reader) -> None:
         opened = pb.SocketOpened(request_id=request.request_id)
-        if self._sockets is not None:
-            opened.port, opened.secret = self._sockets.port, self._sockets.admit(reader)
+        if (sockets := self._sources.socket) is not None:
+            opened.port, opened.secret = sockets.port, sockets.admit(reader)
         reader.put(pb.ConnectResponse(socket=opened))
 
     def _to_nixl(self, request: pb.ConnectRequest, reader: Reader) -> None:
-        if self._nixl is not None:
-            self._nixl.heard(request, reader)
+        if (nixl := self._sources.nixl) is not None:
+            nixl.heard(request, reader)
         elif request.HasField("open_nixl"):
             refused = pb.NixlOpened(error="this node does not serve the plane nixl")
             reader.put(pb.ConnectResponse(nixl_opened=refused))
 
     def _to_peer(self, request: pb.ConnectRequest, reader: Reader) -> None:
-        if self._peer is not None:
+        if (peer := self._sources.peer) is not None:
             loop = asyncio.get_running_loop()
 
             def answer(response: pb.ConnectResponse) -> None:
@@ -144,7 +129,7 @@ class TransferServicer(transfer_pb2_grpc.TransferServiceServicer):
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(reader.put, response)
 
-            self._peer.heard(request, answer)
+            peer.heard(request, answer)
         elif request.HasField("open_peer"):
             refused = pb.PeerOpened(error="this node does not serve the plane peer")
             reader.put(pb.ConnectResponse(peer_opened=refused))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,16 +26,6 @@ from tests.kvstore.tier_rig import DIGEST, SLOT_BYTES, body_of, key_of, put, rig
 redis = pytest.importorskip("redis", reason="the extra [redis] is not installed")
 
 QUICK = LinkOptions(connect_s=0.5, timeout_s=0.5, first_retry_s=0.05, last_retry_s=0.2)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    binary = shutil.which("valkey-server") or shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("neither valkey-server nor redis-server is installed")
-    server = Server(binary, tmp_path)
-    yield server
-    server.stop()
 
 
 def opened(url: str, digest: bytes = DIGEST, slot_bytes: int = SLOT_BYTES) -> RemoteTier:

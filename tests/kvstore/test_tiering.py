@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-
-import pytest
 
 from headway.core.keys import block_keys, split_keys
 from headway.runtime.channels import open_channel
@@ -205,17 +202,6 @@ async def test_a_disk_that_cannot_be_had_is_one_line_and_no_tier(tmp_path: Path)
 async def push_out_without_tier(side: Side) -> None:
     for name in (1, 2, 3):
         await side.compute(prompt(name))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    pytest.importorskip("redis", reason="the extra [redis] is not installed")
-    binary = shutil.which("valkey-server") or shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("neither valkey-server nor redis-server is installed")
-    server = Server(binary, tmp_path)
-    yield server
-    server.stop()
 
 
 async def test_what_one_node_evicted_another_one_takes_from_the_server(tmp_path: Path, server: Server) -> None:

@@ -249,7 +249,7 @@ class FakeStore(kvstore_pb2_grpc.KvStoreServiceServicer):
         await self.hang_up.wait()
 
     async def Attach(self, requests: Any, context: Any) -> AsyncIterator[Any]:
-        raise NotImplementedError
+        raise AssertionError("a router attaches to no store")
         yield
 
     async def Stats(self, request: Any, context: Any) -> Any:
