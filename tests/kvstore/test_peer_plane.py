@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +157,44 @@ async def test_a_read_that_is_given_up_ends_only_when_its_copies_have(memory: De
         await reading
     assert source.copied == MOVES
     plane.close()
+
+
+async def test_closing_while_a_read_is_given_up_harms_nobody(memory: DeviceMemory) -> None:
+    """The answer comes, and the plane is closed, in the very moment in which the read is cancelled."""
+    plane, source = opened(memory)
+    reading = asyncio.create_task(plane.read(MOVES, NOW))
+    async with asyncio.timeout(5):
+        while not source.checks:
+            await asyncio.sleep(0)
+    reading.cancel()
+    plane.heard(pb.ConnectResponse(checked=current(source.checks[0])))
+    plane.close()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert not plane._checks
+
+
+async def test_a_plane_that_is_closed_while_it_opens_lets_go_of_the_slab(
+    memory: DeviceMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Source] = []
+
+    def slow_way(memory: DeviceMemory, opened: pb.PeerOpened) -> Source:
+        time.sleep(0.1)
+        found.append(Source())
+        return found[-1]
+
+    monkeypatch.setattr("services.kvstore.planes.peer_plane._Way", slow_way)
+    plane = PeerPlane(memory, Checksums("off"), 1.0, lambda request: None)
+    answer = pb.PeerOpened(host=boot_id(), kind="numpy", bus_id="host:1")
+    loop = asyncio.get_running_loop()
+    loop.call_soon(plane.heard, pb.ConnectResponse(peer_opened=answer))
+    loop.call_later(0.05, plane.close)
+    with pytest.raises(PlaneError, match="the plane was closed"):
+        await plane.open()
+    async with asyncio.timeout(5):
+        while not found[0].closed:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

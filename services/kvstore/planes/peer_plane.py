@@ -102,7 +102,10 @@ class PeerPlane:
             async with asyncio.timeout(self._timeout_s):
                 opened = await self._opened
             self._check_place(opened)
-            self._way = await self._loop.run_in_executor(self._thread, _Way, self._memory, opened)
+            if not self._closed:
+                await self._loop.run_in_executor(self._thread, self._find_way, opened)
+            if self._closed:
+                raise PlaneError("the plane was closed")
         except TimeoutError:
             self.close()
             raise PlaneError("the peer did not lead to its slab in time") from None
@@ -131,7 +134,7 @@ class PeerPlane:
         if response.HasField("peer_opened"):
             if not self._opened.done():
                 self._opened.set_result(response.peer_opened)
-        elif check := self._checks.pop(response.checked.request_id, None):
+        elif (check := self._checks.pop(response.checked.request_id, None)) and not check.done():
             check.set_result(response.checked)
 
     async def read(self, moves: Sequence[Move], urgency: Urgency) -> list[Copied]:
@@ -177,10 +180,10 @@ class PeerPlane:
         )
         self._send(pb.ConnectRequest(check=check))
         sums: Sequence[int | None] = [None] * len(moves)
-        if checksum:
-            targets = [move.slot for move in moves]
-            sums = await self._loop.run_in_executor(None, self._memory.checksums, targets)
         try:
+            if checksum:
+                targets = [move.slot for move in moves]
+                sums = await self._loop.run_in_executor(None, self._memory.checksums, targets)
             async with asyncio.timeout(self._timeout_s):
                 checked = await waiting
         finally:
@@ -197,13 +200,20 @@ class PeerPlane:
         if not self._opened.done():
             self._opened.set_exception(PlaneError("the plane was closed"))
             self._opened.exception()
-        for check in self._checks.values():
-            check.set_exception(PlaneError("the plane was closed"))
-            check.exception()
-        self._checks.clear()
+        checks, self._checks = self._checks, {}
+        for check in checks.values():
+            if not check.done():
+                check.set_exception(PlaneError("the plane was closed"))
+                check.exception()
         # After the copies that are on their way.
         self._thread.submit(self._let_go)
         self._thread.shutdown(wait=False)
+
+    # ------------------------------------------------------------------ in the thread
+
+    def _find_way(self, opened: pb.PeerOpened) -> None:
+        # Here and not on the event loop: `_let_go`, which comes next if the plane is closed meanwhile, must find it.
+        self._way = _Way(self._memory, opened)
 
     def _let_go(self) -> None:
         if self._way is not None:
