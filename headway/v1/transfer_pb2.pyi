@@ -267,6 +267,8 @@ class NixlCard(_message.Message):
     STRIDE_FIELD_NUMBER: _builtins.int
     PROBE_ADDRESS_FIELD_NUMBER: _builtins.int
     LANDING_ADDRESS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     metadata: _builtins.bytes
     slab_address: _builtins.int
     """Slots lie `stride` bytes apart from here on."""
@@ -275,6 +277,9 @@ class NixlCard(_message.Message):
     probe_address: _builtins.int
     """Apart from the slab: what a probe reads, and where it lands."""
     landing_address: _builtins.int
+    memory: _builtins.str
+    """NIXL's name of the kind of memory that all of this is ("": DRAM), and the number of its device there."""
+    device: _builtins.int
     def __init__(
         self,
         *,
@@ -284,10 +289,12 @@ class NixlCard(_message.Message):
         stride: _builtins.int = ...,
         probe_address: _builtins.int = ...,
         landing_address: _builtins.int = ...,
+        memory: _builtins.str = ...,
+        device: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["landing_address", b"landing_address", "metadata", b"metadata", "probe_address", b"probe_address", "slab_address", b"slab_address", "slots", b"slots", "stride", b"stride"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "landing_address", b"landing_address", "memory", b"memory", "metadata", b"metadata", "probe_address", b"probe_address", "slab_address", b"slab_address", "slots", b"slots", "stride", b"stride"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -57,10 +57,6 @@ class KvStoreConfig:
             raise ConfigError("setting host_bytes is for slabs on a device; make slab_bytes larger instead")
         if self.host_bytes < 0:
             raise ConfigError(f"setting host_bytes is {self.host_bytes}; it must be at least 0")
-        if self.device != CPU and "nixl" in self.planes:
-            raise ConfigError(
-                "setting planes names nixl, which moves slabs in host memory only; leave it out on a device"
-            )
         if self.device == CPU and "peer" in self.planes:
             raise ConfigError("setting planes names peer, which is for slabs on devices of one host; leave it out here")
         unknown = set(self.planes) - {"socket", "grpc", "nixl", "peer"}

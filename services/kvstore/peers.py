@@ -279,8 +279,7 @@ class Peer:
             by_grpc.open(link.channel, link.welcome.secret)
             return by_grpc
         if name == "nixl":
-            if not isinstance(node.memory, SlabMemory):
-                raise PlaneError("NIXL moves slabs in host memory only")
+            assert isinstance(node.memory, SlabMemory | DeviceMemory)
             link.nixl = NixlPlane(node.memory, self._checksums, timeout_s, link.out.put_nowait)
             await link.nixl.open(node.config.node_id)
             return link.nixl

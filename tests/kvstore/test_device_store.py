@@ -65,7 +65,7 @@ async def test_a_secret_opens_the_slab_once(store: ServiceProcess) -> None:
             fetch_handle(peer.welcome.socket_path, peer.welcome.secret)
 
 
-@pytest.mark.parametrize("plane", ["socket", "grpc", "peer"])
+@pytest.mark.parametrize("plane", ["socket", "grpc", "peer", pytest.param("nixl", marks=pytest.mark.nixl)])
 async def test_blocks_of_one_device_reach_another(tmp_path: Path, plane: str) -> None:
     """By way of staging (a few buffers' worth), or by itself: what is sealed at one store is the same at the other."""
     tokens = list(range(60 * BLOCK))

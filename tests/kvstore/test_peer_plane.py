@@ -29,7 +29,7 @@ SLOT_BYTES = 4096
 NOW = (0, 0.0)
 GOOD, STALE, CORRUPT, MISSING = Copied.GOOD, Copied.STALE, Copied.CORRUPT, Copied.MISSING
 FORTY = list(range(40 * BLOCK))
-PEER = ("--device", "numpy:0", "--planes", "peer,socket")
+PEER = ("--device", "numpy:0", "--planes", "peer")
 
 
 @dataclass
@@ -255,7 +255,7 @@ async def connected(two: Pair) -> None:
 
 
 async def test_a_source_that_does_not_serve_it_is_read_by_the_next_plane(tmp_path: Path) -> None:
-    async with pair(tmp_path, *PEER, source=("--planes", "socket")) as two:
+    async with pair(tmp_path, *PEER, "--planes", "peer,socket", source=("--planes", "socket")) as two:
         await two.source.compute(FORTY)
         _, pulled = await two.fetch([*FORTY, 1])
         assert pulled.cached_tokens == len(FORTY)

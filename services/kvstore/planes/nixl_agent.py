@@ -21,6 +21,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 from headway.v1 import transfer_pb2 as pb
+from services.kvstore.device_memory import DeviceMemory
 from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT, SlabMemory
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 # The package nixl chooses one of the others, and may import torch to do so.
 MODULES = ("nixl_cu12", "nixl_cu13", "nixl")
 LOOK_S = 1e-4
-MEMORY = "DRAM"
+HOST, DEVICE = "DRAM", "VRAM"
 DONE, MOVING = "DONE", "PROC"
 # UCX's shortcuts on one host: a peer that once knew the address writes on, whatever is closed or unregistered here.
 SHORTCUTS = ("cma", "knem", "xpmem", "cuda_ipc", "rocm_ipc", "ze_ipc")
@@ -109,7 +110,7 @@ class Agent:
     Nothing of NIXL leaves it: a handle held elsewhere would keep the native agent alive after `destroy`.
     """
 
-    def __init__(self, name: str, memory: SlabMemory) -> None:
+    def __init__(self, name: str, memory: SlabMemory | DeviceMemory) -> None:
         api = load_nixl()
         self._nixl = api.nixl_agent(f"{name}-{secrets.token_hex(8)}", _options(api))
         self.slots, self._slot_bytes = memory.slots, memory.slot_bytes
@@ -120,26 +121,27 @@ class Agent:
             probe_address=memory.address(PROBE_SLOT),
             landing_address=memory.address(LANDING_SLOT),
         )
-        extra = [(address, self._slot_bytes, 0, "") for address in (card.probe_address, card.landing_address)]
-        slab = (card.slab_address, card.stride * card.slots, 0, "")
-        self._registered = self._nixl.register_memory([slab, *extra], MEMORY)
+        card.memory, card.device = _place(memory)
+        extra = [(address, self._slot_bytes, card.device, "") for address in (card.probe_address, card.landing_address)]
+        slab = (card.slab_address, card.stride * card.slots, card.device, "")
+        self._registered = self._nixl.register_memory([slab, *extra], card.memory)
         card.metadata = self._nixl.get_agent_metadata()
         self.card = card
-        self._mine = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", self._descriptors(card), MEMORY)
+        self._mine = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", self._descriptors(card), card.memory)
         self._theirs: dict[str, Any] = {}
         self._transfers: dict[int, Any] = {}
         self._numbers = itertools.count()
 
     def _descriptors(self, card: pb.NixlCard) -> list[tuple[int, int, int]]:
         """(address, bytes, device) of every slot, of the probe, and of where it lands: see `_index`."""
-        size = self._slot_bytes
-        slab = [(card.slab_address + slot * card.stride, size, 0) for slot in range(card.slots)]
-        return [*slab, (card.probe_address, size, 0), (card.landing_address, size, 0)]
+        size, device = self._slot_bytes, card.device
+        slab = [(card.slab_address + slot * card.stride, size, device) for slot in range(card.slots)]
+        return [*slab, (card.probe_address, size, device), (card.landing_address, size, device)]
 
     def meet(self, card: pb.NixlCard) -> Remote:
         added: bytes | str = self._nixl.add_remote_agent(card.metadata)
         name = added.decode() if isinstance(added, bytes) else added
-        self._theirs[name] = self._nixl.prep_xfer_dlist(name, self._descriptors(card), MEMORY)
+        self._theirs[name] = self._nixl.prep_xfer_dlist(name, self._descriptors(card), card.memory or HOST)
         return Remote(name, card.slots)
 
     def part(self, remote: Remote) -> None:
@@ -181,6 +183,13 @@ class Agent:
         return native() is None
 
 
+def _place(memory: SlabMemory | DeviceMemory) -> tuple[str, int]:
+    """NIXL's name of the kind of memory, and the device's number. A device of NumPy's is memory of the host."""
+    if isinstance(memory, DeviceMemory) and memory.segment.device.module.kind == "cuda":
+        return DEVICE, memory.segment.device.index
+    return HOST, 0
+
+
 def _index(slot: int, slots: int) -> int:
     return {PROBE_SLOT: slots, LANDING_SLOT: slots + 1}.get(slot, slot)
 
@@ -193,7 +202,7 @@ class AgentThread:
     """
 
     def __init__(
-        self, name: str, memory: SlabMemory, turn: Callable[[Agent], bool], over: Callable[[str], None]
+        self, name: str, memory: SlabMemory | DeviceMemory, turn: Callable[[Agent], bool], over: Callable[[str], None]
     ) -> None:
         self._turn = turn
         self._over = over
@@ -212,7 +221,7 @@ class AgentThread:
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
 
-    def _run(self, name: str, memory: SlabMemory) -> None:
+    def _run(self, name: str, memory: SlabMemory | DeviceMemory) -> None:
         reason, agent = "", None
         try:
             agent = Agent(name, memory)

@@ -31,8 +31,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headway.v1 import transfer_pb2 as pb
-from services.kvstore.memory import SlabMemory
-from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, request_blocks, verdict
+from services.kvstore.device_memory import DeviceMemory
+from services.kvstore.memory import LANDING_SLOT, SlabMemory
+from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, judge, request_blocks
 from services.kvstore.planes.nixl_agent import Agent, AgentThread, nothing
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class NixlPlane:
 
     def __init__(
         self,
-        memory: SlabMemory,
+        memory: SlabMemory | DeviceMemory,
         checksums: Checksums,
         timeout_s: float,
         send: Callable[[pb.ConnectRequest], None],
@@ -157,7 +158,7 @@ class NixlPlane:
         number, job.answered = moved.request_id, True
         if self._closed:
             return
-        if job.checksum:
+        if job.checksum or any(move.slot == LANDING_SLOT for move in job.moves):
             assert self._thread is not None
             self._thread.submit(lambda agent: self._on_loop(self._tell, number, self._verdicts(job, moved)))
         else:
@@ -167,9 +168,13 @@ class NixlPlane:
         sums: Sequence[int | None] = moved.checksums if job.checksum else [None] * len(job.moves)
         if len(sums) != len(job.moves):
             return [Copied.CORRUPT] * len(job.moves)
+        slots = [move.slot for move in job.moves]
+        if isinstance(self._memory, DeviceMemory) and LANDING_SLOT in slots:
+            self._memory.look_at_landing()
+        found = self._memory.checksums(slots) if job.checksum else [None] * len(slots)
         return [
-            verdict(self._memory.view(move.slot), current=current, checksum=checksum)
-            for move, current, checksum in zip(job.moves, moved.current, sums, strict=True)
+            judge(ours, current=current, checksum=checksum)
+            for ours, current, checksum in zip(found, moved.current, sums, strict=True)
         ]
 
     def _tell(self, number: int, result: list[Copied]) -> None:

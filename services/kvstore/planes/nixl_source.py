@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from headway.v1 import transfer_pb2 as pb
+from services.kvstore.device_memory import DeviceMemory
 from services.kvstore.memory import SlabMemory
 from services.kvstore.planes.nixl_agent import DONE, MOVING, Agent, AgentThread, NixlError, Remote, sentence
 
@@ -45,7 +46,7 @@ class _Link:
 class NixlSource:
     """Used by the event loop; its agent is made for the first reader, when the slab has been laid out."""
 
-    def __init__(self, memory: SlabMemory, name: str) -> None:
+    def __init__(self, memory: SlabMemory | DeviceMemory, name: str) -> None:
         self._memory = memory
         self._name = name
         self._loop = asyncio.get_running_loop()

@@ -14,15 +14,13 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
-from headway.slab.device import DeviceError, DeviceMapping, DeviceSegment
+from headway.slab.device import DeviceError, DeviceMapping
 from headway.slab.host import SlabError
 from headway.v1 import transfer_pb2 as pb
 from services.kvstore.device_memory import DeviceMemory
 from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT
 from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, judge, request_blocks
-from services.kvstore.planes.peer_source import LEAST_BYTES, boot_id
+from services.kvstore.planes.peer_source import boot_id
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +32,6 @@ class _Way:
         self._memory = memory
         device = memory.segment.device
         with contextlib.ExitStack() as stack:
-            self._landing = DeviceSegment(device, max(LEAST_BYTES, memory.slot_bytes))
-            stack.callback(self._landing.remove)
             self._slab = DeviceMapping(device, opened.handle, opened.bytes)
             stack.callback(self._slab.close)
             self._probe = DeviceMapping(device, opened.probe_handle, opened.probe_bytes)
@@ -47,13 +43,10 @@ class _Way:
         """Until all bytes are there."""
         size = self._memory.slot_bytes
         for move in moves:
-            self._stream.copy(self._target(move.slot), self._source(move.source), size)
+            self._stream.copy(self._memory.address(move.slot), self._source(move.source), size)
         self._stream.wait()
         if any(move.slot == LANDING_SLOT for move in moves):
-            # Where a probe is looked at.
-            (landing,) = next(self._memory.incoming([LANDING_SLOT]))
-            self._stream.copy(np.frombuffer(landing, np.uint8).ctypes.data, self._landing.address, size)
-            self._stream.wait()
+            self._memory.look_at_landing()
 
     def _source(self, slot: int) -> int:
         if slot == PROBE_SLOT:
@@ -62,9 +55,6 @@ class _Way:
         if start + self._memory.stride > self._slab.size:
             raise DeviceError(f"the source has no slot {slot}")
         return self._slab.address + start
-
-    def _target(self, slot: int) -> int:
-        return self._landing.address if slot == LANDING_SLOT else self._memory.address(slot)
 
     def close(self) -> None:
         self._stack.close()

@@ -7,19 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
-from headway.slab.device import DeviceError, DeviceSegment
 from headway.slab.host import SlabError
 from headway.v1 import transfer_pb2 as pb
 from services.kvstore.device_memory import DeviceMemory
-from services.kvstore.memory import PROBE_SLOT
 
 log = logging.getLogger(__name__)
 
 Answer = Callable[[pb.ConnectResponse], None]
-# A whole allocation of the driver's, so that the handle leads to nothing else.
-LEAST_BYTES = 2 << 20
 
 
 def boot_id() -> str:
@@ -32,7 +26,6 @@ class PeerSource:
 
     def __init__(self, memory: DeviceMemory) -> None:
         self._memory = memory
-        self._probe: DeviceSegment | None = None
         self._thread = ThreadPoolExecutor(1, "transfer-peer")
 
     def heard(self, request: pb.ConnectRequest, answer: Answer) -> None:
@@ -44,42 +37,24 @@ class PeerSource:
     def close(self) -> None:
         """Other stores must have let go of the slab."""
         self._thread.shutdown()
-        if self._probe is not None:
-            self._probe.remove()
 
     # ------------------------------------------------------------------ in the thread
 
     def _open(self) -> pb.PeerOpened:
         segment = self._memory.segment
         try:
-            probe = self._probe_segment()
+            outer = self._memory.outer
             return pb.PeerOpened(
                 kind=segment.device.module.kind,
                 bus_id=segment.device.bus_id,
                 host=boot_id(),
                 handle=segment.handle,
                 bytes=segment.size,
-                probe_handle=probe.handle,
-                probe_bytes=probe.size,
+                probe_handle=outer.handle,
+                probe_bytes=outer.size,
             )
-        except (SlabError, DeviceError) as error:
+        except SlabError as error:
             return pb.PeerOpened(error=str(error))
-
-    def _probe_segment(self) -> DeviceSegment:
-        """On the device, the bytes that every store can give."""
-        size = max(LEAST_BYTES, self._memory.slot_bytes)
-        if self._probe is not None and self._probe.size != size:
-            self._probe.remove()
-            self._probe = None
-        if self._probe is None:
-            self._probe = DeviceSegment(self._memory.segment.device, size)
-        device = self._probe.device
-        staged = device.module.pinned(self._memory.slot_bytes)
-        staged[:] = np.frombuffer(next(self._memory.outgoing([PROBE_SLOT]))[0], np.uint8)
-        stream = device.module.stream(device.index)
-        stream.copy(self._probe.address, staged.ctypes.data, staged.size)
-        stream.wait()
-        return self._probe
 
     def _check(self, check: pb.CheckBlocks) -> pb.BlocksChecked:
         memory, slots = self._memory, list(check.slots)

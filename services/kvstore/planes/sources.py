@@ -41,7 +41,7 @@ def open_sources(config: KvStoreConfig, memory: Memory) -> Sources:
     if "socket" in config.planes:
         socket = SocketSource(memory, config.transfer_host, config.transfer_timeout_s)
         socket.start(config.transfer_port)
-    if "nixl" in config.planes and isinstance(memory, SlabMemory):
+    if "nixl" in config.planes and isinstance(memory, SlabMemory | DeviceMemory):
         nixl = NixlSource(memory, config.node_id)
     if "peer" in config.planes and isinstance(memory, DeviceMemory):
         peer = PeerSource(memory)
