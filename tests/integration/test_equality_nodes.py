@@ -37,6 +37,17 @@ def pairs(nodes: int) -> list[tuple[str, str]]:
     return [(f"prefill-{node}", f"decode-{(node + 1) % nodes}") for node in range(nodes)]
 
 
+def a_device_each(nodes: int, kvstore: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Flags of the processes of all nodes, which share hosts but not devices (NumPy's)."""
+    flags = {"kvstore": (*kvstore, "--device", "numpy:0")}
+    for node in range(nodes):
+        device = ("--device", f"numpy:{node}")
+        flags |= {f"{role}-{node}": (*device, "--dtype", "float32") for role in ("prefill", "decode")}
+        if node:
+            flags[f"kvstore-{node}"] = device
+    return flags
+
+
 async def connected(stub: Stub, hint: router_pb2.PlacementHint) -> None:
     """The first sequence may be computed anew while the stores still connect."""
     for number in range(20):
@@ -51,6 +62,7 @@ async def connected(stub: Stub, hint: router_pb2.PlacementHint) -> None:
     [
         (2, "socket"),
         (2, "grpc"),
+        (2, "peer"),
         pytest.param(2, "nixl", marks=pytest.mark.nixl),
         (4, "socket"),
         (4, "grpc"),
@@ -58,7 +70,9 @@ async def connected(stub: Stub, hint: router_pb2.PlacementHint) -> None:
     ],
 )
 async def test_greedy_output_across_nodes(nodes: int, plane: str, tmp_path: Path) -> None:
-    flags = {"kvstore": ("--planes", plane, "--checksum", "all")}
+    flags: dict[str, tuple[str, ...]] = {"kvstore": ("--planes", plane, "--checksum", "all")}
+    if plane == "peer":
+        flags |= a_device_each(nodes, flags["kvstore"])
     # Other tests of this run may have told UCX to keep to loopback, which does not lead out of a namespace.
     env = {"kvstore": {"UCX_NET_DEVICES": "all"}}
     spec = FleetSpec(nodes, nodes, nodes=nodes, slab_bytes=256 << 20, flags=flags, env=env, threads=1)
