@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -134,3 +137,36 @@ def test_the_package_offers_the_clients() -> None:
     assert headway.AsyncClient is AsyncClient
     with pytest.raises(AttributeError):
         headway.Nothing  # type: ignore[attr-defined] # noqa: B018
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, but this test's own."""
+
+
+@pytest.mark.parametrize("call", [lambda client: client.generate("hi"), lambda client: client.explain("hi")])
+def test_an_interrupt_at_any_moment_leaves_a_client_that_can_be_closed(call: Callable[[Client], Any]) -> None:
+    """Within gRPC's start of a call, an interrupt would leave a call that `close` waits for without end."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        with serve(FakeRouter(endless=True)) as address:
+            for step in range(100):
+                client = Client(address)
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 20e-6 * (step + 1))
+                    call(client)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except Interrupted:
+                    interrupted += 1
+                closing = threading.Thread(target=client.close, daemon=True)
+                closing.start()
+                closing.join(10)
+                assert not closing.is_alive(), f"the close hangs; interrupted {step + 1} times 20 us after the start"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 10
