@@ -1064,6 +1064,7 @@ class StatsResponse(_message.Message):
     TRANSFERS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
     UNWRITTEN_BLOCKS_FIELD_NUMBER: _builtins.int
+    STALE_BLOCKS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     epoch: _builtins.int
     total_slots: _builtins.int
@@ -1083,6 +1084,8 @@ class StatsResponse(_message.Message):
     transfers_in_flight: _builtins.int
     unwritten_blocks: _builtins.int
     """Of the blocks that would be evicted next, those that no tier has yet."""
+    stale_blocks: _builtins.int
+    """Blocks whose slot had been given out anew at the source before they had come, and were thrown away."""
     @_builtins.property
     def kv_format(self) -> _common_pb2.KvFormat: ...
     @_builtins.property
@@ -1129,10 +1132,11 @@ class StatsResponse(_message.Message):
         transfers_in_flight: _builtins.int = ...,
         tiers: _abc.Iterable[Global___TierStats] | None = ...,
         unwritten_blocks: _builtins.int = ...,
+        stale_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_format", b"kv_format"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_slots", b"cached_slots", "checksums", b"checksums", "corrupt_blocks", b"corrupt_blocks", "epoch", b"epoch", "evicted_blocks", b"evicted_blocks", "free_slots", b"free_slots", "hit_tokens", b"hit_tokens", "integrity_errors", b"integrity_errors", "kv_format", b"kv_format", "leased_slots", b"leased_slots", "leases", b"leases", "missed_tokens", b"missed_tokens", "node_id", b"node_id", "peers", b"peers", "pid", b"pid", "quarantined_slots", b"quarantined_slots", "slot_stride", b"slot_stride", "tiers", b"tiers", "total_slots", b"total_slots", "transfers_in_flight", b"transfers_in_flight", "unwritten_blocks", b"unwritten_blocks", "waiting_acquires", b"waiting_acquires", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_slots", b"cached_slots", "checksums", b"checksums", "corrupt_blocks", b"corrupt_blocks", "epoch", b"epoch", "evicted_blocks", b"evicted_blocks", "free_slots", b"free_slots", "hit_tokens", b"hit_tokens", "integrity_errors", b"integrity_errors", "kv_format", b"kv_format", "leased_slots", b"leased_slots", "leases", b"leases", "missed_tokens", b"missed_tokens", "node_id", b"node_id", "peers", b"peers", "pid", b"pid", "quarantined_slots", b"quarantined_slots", "slot_stride", b"slot_stride", "stale_blocks", b"stale_blocks", "tiers", b"tiers", "total_slots", b"total_slots", "transfers_in_flight", b"transfers_in_flight", "unwritten_blocks", b"unwritten_blocks", "waiting_acquires", b"waiting_acquires", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

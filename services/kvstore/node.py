@@ -96,6 +96,7 @@ class Node:
         self.pulls: Pulls | None = None
         self.tiering: Tiering | None = None
         self.corrupt_blocks = 0
+        self.stale_blocks = 0
         self.watchers: set[asyncio.Event] = set()
         self._announced = 0
         self._audited = 0

@@ -130,10 +130,11 @@ class Peer:
                 self._broke(link, plane)
         finally:
             self._busy(-1)
-        good = sum(1 for what in copied if what is Copied.GOOD)
+        good = copied.count(Copied.GOOD)
         self.figures.blocks += good
         self.figures.bytes += good * self._node.memory.slot_bytes
-        self._node.corrupt_blocks += sum(1 for what in copied if what is Copied.CORRUPT)
+        self._node.corrupt_blocks += copied.count(Copied.CORRUPT)
+        self._node.stale_blocks += copied.count(Copied.STALE)
         if left:
             raise PeerError(f"{len(left)} blocks did not come from {self.address} by any plane")
         return copied

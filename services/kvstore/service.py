@@ -167,6 +167,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             pid=os.getpid(),
             peers=node.pulls.peers if node.pulls is not None else (),
             corrupt_blocks=node.corrupt_blocks,
+            stale_blocks=node.stale_blocks,
             transfers_in_flight=len(node.pulls) if node.pulls is not None else 0,
             tiers=node.tiering.stats if node.tiering is not None else (),
             unwritten_blocks=node.tiering.unwritten if node.tiering is not None else 0,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -44,6 +45,8 @@ READS = 2
 EVENT_KEYS = 1000
 # A request waits for the remote tier's server: not longer than this for one answer.
 REMOTE_TIMEOUT_S = 0.25
+
+_Opened = Callable[[], Tier]
 
 
 class Below:
@@ -111,27 +114,31 @@ class Tiering:
                 await self._open(self._node.kv_format, self._node.store)
 
     async def _open(self, kv_format: KvFormat, store: Store) -> None:
-        config = self._config
-        slot_bytes, digest = kv_format.slot_bytes, kv_format.digest()
-        changed = self._teller(store)
-        try:
-            if config.host_bytes:
-                host = await asyncio.to_thread(HostTier, config.host_bytes, slot_bytes, changed)
-                self.tiers.append(Below("host", host))
-            if config.disk_dir:
-                path, size = config.disk_file, config.disk_bytes
-                disk = await asyncio.to_thread(DiskTier.open, path, size, slot_bytes, digest, changed)
-                keys = disk.keys()
+        for name, opened in self._wanted(kv_format, self._teller(store)).items():
+            try:
+                tier = await asyncio.to_thread(opened)
+            except TierError as error:
+                log.error("event=tier_off tier=%s reason=%s", name, error)
+                continue
+            if isinstance(tier, DiskTier):
+                keys = tier.keys()
                 for at in range(0, len(keys), EVENT_KEYS):
                     store.below_changed(keys[at : at + EVENT_KEYS], [])
-                self.tiers.append(Below("disk", disk))
-            if config.remote_url:
-                options = LinkOptions(timeout_s=REMOTE_TIMEOUT_S)
-                remote = await asyncio.to_thread(RemoteTier.open, config.remote_url, slot_bytes, digest, options)
-                self.tiers.append(Below("remote", remote))
-        except TierError as error:
-            log.error("event=tier_off reason=%s", error)
+            self.tiers.append(Below(name, tier))
         self._node.settle()
+
+    def _wanted(self, kv_format: KvFormat, changed: Callable[[list[bytes], list[bytes]], None]) -> dict[str, _Opened]:
+        """The configured tiers, fastest first, and how each is opened."""
+        config, slot_bytes, digest = self._config, kv_format.slot_bytes, kv_format.digest()
+        options = LinkOptions(timeout_s=REMOTE_TIMEOUT_S)
+        wanted: dict[str, _Opened] = {}
+        if config.host_bytes:
+            wanted["host"] = partial(HostTier, config.host_bytes, slot_bytes, changed)
+        if config.disk_dir:
+            wanted["disk"] = partial(DiskTier.open, config.disk_file, config.disk_bytes, slot_bytes, digest, changed)
+        if config.remote_url:
+            wanted["remote"] = partial(RemoteTier.open, config.remote_url, slot_bytes, digest, options)
+        return wanted
 
     def _teller(self, store: Store) -> Callable[[list[bytes], list[bytes]], None]:
         """For the threads of this node's tiers: what they hold now, told on the event loop."""

@@ -36,6 +36,8 @@ class Relay:
         self._fault: Fault | None = None
         self._left = 0
         self.struck = False
+        # What stalls goes on.
+        self.resumed = threading.Event()
         # Bytes from the source.
         self.passed = 0
         self._accepting = threading.Thread(target=self._accept, daemon=True)
@@ -52,6 +54,7 @@ class Relay:
 
     def close(self) -> None:
         self._closed.set()
+        self.resumed.set()
         _shut(self._listener)
         # It may have a connection in its hands that is not in the list yet.
         self._accepting.join(30)
@@ -106,7 +109,7 @@ class Relay:
             target.sendall(data[: len(data) // 2])
             _shut(target)
         elif fault is Fault.STALL:
-            self._closed.wait(30)
+            self.resumed.wait(30)
         else:
             while data and not self._closed.wait(0.2):
                 target.sendall(data[:1])

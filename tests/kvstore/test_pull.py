@@ -159,6 +159,27 @@ async def test_slots_are_not_given_out_while_bytes_may_still_arrive(two: Pair) -
     await all_free(two)
 
 
+async def test_blocks_that_the_source_needs_itself_before_they_are_read_are_thrown_away(two: Pair) -> None:
+    """Where they lie is told, but the reader hears of it only when the source has taken most of them back."""
+    await two.source.compute(FORTY)
+    lease_id, _ = await two.fetch(FORTY[: BLOCK + 1], request="connects")
+    await two.reader.worker.run(release(lease_id))
+    two.control.arm(Fault.STALL, 0)
+    younger = acquire([*FORTY, 1], pull=pb.PullBlocks(kvstore=two.via, blocks=40))
+    younger.acquire.arrival_s = 1.0
+    (granted,) = await two.reader.worker.run(younger)
+    await until(two.source.address, lambda reply: reply.leases)
+    await two.source.compute([token + 1 for token in FORTY], "other")
+    two.control.resumed.set()
+    lease_id = granted.granted.lease_id
+    pulled = await two.reader.pulled(lease_id)
+    two.reader.check(list(pulled.slots), FORTY, pulled.cached_tokens)
+    assert pulled.cached_tokens < len(FORTY)
+    assert (await two.reader.stats()).stale_blocks
+    await two.reader.worker.run(release(lease_id))
+    await all_free(two)
+
+
 async def test_a_worker_that_dies_ends_its_fetching(two: Pair) -> None:
     await two.source.compute(FORTY)
     two.data.arm(Fault.STALL, PROBE + (20 << 15))

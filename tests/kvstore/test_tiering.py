@@ -199,6 +199,13 @@ async def test_a_disk_that_cannot_be_had_is_one_line_and_no_tier(tmp_path: Path)
         assert log.count("event=tier_off") == 1
 
 
+async def test_a_disk_that_cannot_be_had_does_not_cost_the_tier_below_it(tmp_path: Path, server: Server) -> None:
+    nowhere = ("--disk-dir", "/proc/nowhere", "--disk-bytes", str(MEBIBYTE))
+    async with store(tmp_path, *nowhere, "--remote-url", server.url) as side:
+        figures = await until(side.address, lambda reply: reply.tiers)
+        assert [tier.name for tier in figures.tiers] == ["remote"]
+
+
 async def push_out_without_tier(side: Side) -> None:
     for name in (1, 2, 3):
         await side.compute(prompt(name))
