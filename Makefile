@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup model demo test lint clean
+.PHONY: setup model demo test clean
 
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "headway: installing dependencies (the CPU build of torch; see README for GPUs)"
+	@echo "headway: installing dependencies (torch is large; README says how to get its CPU build, docs/gpu.md that for a GPU)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,convert]'
 	touch $@

@@ -11,7 +11,7 @@ from typing import Any
 from bench.gpu_check.pair import device_of
 from bench.gpu_check.sizes import Sizes
 
-MODULES = ("torch", "cupy", "numpy", "transformers", "grpc", "uvloop", "prometheus_client", "xxhash", "grpc_health")
+MODULES = ("torch", "cupy", "numpy", "transformers", "grpc", "uvloop", "xxhash", "grpc_health")
 
 
 def run(name: str, sizes: Sizes) -> dict[str, Any]:

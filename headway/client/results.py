@@ -185,7 +185,10 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """Below a kvstore's slab: "disk" or "remote". `hits`: blocks read; `read_block_s`: seconds a block took lately."""
+    """Below a kvstore's slab: "host", "disk" or "remote".
+
+    `hits`: blocks read; `read_block_s`: seconds a block took lately.
+    """
 
     name: str
     blocks: int

@@ -72,9 +72,6 @@ class Candidates:
     def __len__(self) -> int:
         return len(self._true)
 
-    def __contains__(self, block: Resident) -> bool:
-        return block in self._true
-
     def offer(self, block: Resident, rank: int) -> None:
         """The block is a candidate of this rank; a former rank of it is forgotten."""
         self._offers += 1

@@ -81,9 +81,6 @@ class Link:
         self._task.cancel()
         self._break()
 
-    async def wait_closed(self) -> None:
-        await asyncio.gather(self._task, return_exceptions=True)
-
     async def _run(self) -> None:
         try:
             async with open_channel(self.address) as channel:
