@@ -90,9 +90,9 @@ Result = Granted | Changed | Added | Done | Refused
 class Lease:
     """slots: [ sealed: cached blocks, shared | own: written by the holder, nobody else's ]
 
-    holders: sessions of live workers. suspended: sessions that may still write but cannot be asked; while nobody else
-    holds the lease its own slots are quarantined. losers: slots of duplicate seals, by the session that may still use
-    them until its next operation; by "" when several may, until the lease ends.
+    holders: sessions of live workers. suspended: sessions that may still read and write but cannot be asked; while
+    nobody else holds the lease its own slots are quarantined, and its blocks stay. losers: slots of duplicate seals, by
+    the session that may still use them until its next operation; by "" when several may, until the lease ends.
     """
 
     lease_id: int

@@ -430,23 +430,24 @@ class Store:
             self._serve()
 
     def _end(self, lease: Lease) -> None:
-        """Nobody holds it any more: sealed blocks stay as cache, own slots are free, or quarantined if suspended."""
+        """Nobody holds it any more: sealed blocks stay as cache, own slots are free.
+
+        If a session is suspended, it may still read the ones and write to the others: all stays as it is.
+        """
         lease.held_until_s = None
         lease.reclaiming = False
-        self.cache.drop(lease.blocks)
-        lease.slots = lease.own
-        lease.blocks = []
         if lease.suspended:
             return
         del self.leases[lease.lease_id]
-        self.pool.give(lease.slots)
+        self.cache.drop(lease.blocks)
+        self.pool.give(lease.own)
         for losers in lease.losers.values():
             self.pool.give(losers)
 
     # ------------------------------------------------------------------ workers that go, time that passes
 
     def suspend(self, session: str) -> None:
-        """The worker's stream broke and it may still write: what only it held is quarantined."""
+        """The worker's stream broke and it may still use its slots: what only it held is left alone until `resolve`."""
         self._leave(session, suspended=True)
 
     def resolve(self, session: str) -> None:

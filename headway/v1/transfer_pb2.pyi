@@ -459,6 +459,7 @@ class BlocksHeld(_message.Message):
     GENERATIONS_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     pull_id: _builtins.int
     first_block: _builtins.int
     last: _builtins.bool
@@ -467,6 +468,8 @@ class BlocksHeld(_message.Message):
     """Tokens of the sequence that lie in its blocks, the partial last one included; set on the last message of a sequence
     that was followed to its handoff.
     """
+    epoch: _builtins.int
+    """Of the store, in which the slots have these generations."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """One for each block from first_block on."""
@@ -482,10 +485,11 @@ class BlocksHeld(_message.Message):
         generations: _abc.Iterable[_builtins.int] | None = ...,
         last: _builtins.bool = ...,
         tokens: _builtins.int = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "generations", b"generations", "last", b"last", "pull_id", b"pull_id", "slots", b"slots", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_block", b"first_block", "generations", b"generations", "last", b"last", "pull_id", b"pull_id", "slots", b"slots", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

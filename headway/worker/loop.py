@@ -168,6 +168,9 @@ class EngineLoop:
             self._between_steps.clear()
             try:
                 results = await loop.run_in_executor(self._thread, self._forward, self._chunks(work), work)
+                if self.slab is None:
+                    # The store was free to give out anew what was read meanwhile.
+                    results = [DeviceLost("the kvstore of this node went away")] * len(work)
                 self._apply(work, results)
             finally:
                 self._between_steps.set()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import struct
 from pathlib import Path
@@ -17,8 +18,11 @@ from headway.runtime.errors import HeadwayError
 from headway.slab.device import DeviceSegment
 from services.kvstore.node import Node, Session
 
+log = logging.getLogger(__name__)
+
 SECRET_BYTES = 32
 TIMEOUT_S = 5.0
+ACCEPT_PAUSE_S = 0.1
 
 
 class DescriptorSocket:
@@ -49,7 +53,12 @@ class DescriptorSocket:
             listener.setblocking(False)
             try:
                 while True:
-                    channel, _ = await loop.sock_accept(listener)
+                    try:
+                        channel, _ = await loop.sock_accept(listener)
+                    except OSError as error:
+                        log.warning("event=accept_failed path=%s reason=%s", self.path, error)
+                        await asyncio.sleep(ACCEPT_PAUSE_S)
+                        continue
                     task = loop.create_task(self._hand_out(channel))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)

@@ -111,9 +111,10 @@ class Node:
             if pidfd is not None:
                 session = self.sessions[worker.incarnation] = Session(worker.incarnation, worker.worker_id)
                 session.hang_up()
-                keeper.keep(worker)
                 self._watch(session, pidfd)
                 former.append(worker.incarnation)
+            else:
+                keeper.forget(worker.incarnation)
         self._use(keeper.restored(self.config.handoff_hold_s, former), kv_format)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,10 @@ from services.kvstore.planes.socket_plane import SocketPlane
 log = logging.getLogger(__name__)
 
 CONNECT_S = 3.0
-# How long a plane that broke is left alone, unless no other is left.
-REPAIR_S = 5.0
+# How long a plane that broke is left alone, unless no other is left; twice as long after each try that failed.
+REPAIR_S, MOST_REPAIR_S = 5.0, 300.0
+# Whoever asks so soon after a try to reach the peer failed does not try again.
+FAIL_FAST_S = 1.0
 CLEARLY = 2.0
 TRIES = 3
 
@@ -53,7 +56,9 @@ class _Link:
     # The last ones that were opened, also before they are among the planes.
     nixl: NixlPlane | None = None
     peer: PeerPlane | None = None
-    repaired_s: float = 0.0
+    repair: asyncio.Task[None] | None = None
+    repair_later: asyncio.TimerHandle | None = None
+    repair_s: float = REPAIR_S
     broken: bool = False
 
     @property
@@ -76,7 +81,7 @@ class Peer:
         self._numbers = itertools.count(1)
         self._link: _Link | None = None
         self._ready: asyncio.Future[_Link] | None = None
-        self._repairing = asyncio.Lock()
+        self._failed: tuple[float, str] = (-math.inf, "")
         self._task: asyncio.Task[None] | None = None
         self._reading = 0
         self._reading_since_s = 0.0
@@ -112,15 +117,20 @@ class Peer:
         if link is not None and link.held.pop(pull_id, None) is not None:
             link.out.put_nowait(pb.ConnectRequest(release=pb.ReleasePin(pull_id=pull_id)))
 
-    async def read(self, moves: Sequence[Move], urgency: Urgency) -> list[Copied]:
-        """Copy blocks by the fastest plane; where it breaks, what is missing comes by the next one."""
+    async def read(self, epoch: int, moves: Sequence[Move], urgency: Urgency) -> list[Copied]:
+        """Copy blocks by the fastest plane; where it breaks, what is missing comes by the next one.
+
+        `epoch`: of the peer when it told of these slots; another one may have given them the same generations.
+        """
         copied = [Copied.MISSING] * len(moves)
         left = list(range(len(moves)))
         self._busy(1)
         try:
             for _ in range(TRIES):
                 link = await self._connected()
-                plane = link.best or await self._repair(link)
+                if link.welcome.epoch != epoch:
+                    raise PeerError(f"{self.address} started anew")
+                plane = link.best or await self._repaired(link)
                 got = await plane.read([moves[at] for at in left], urgency)
                 for at, what in zip(left, got, strict=True):
                     copied[at] = what
@@ -160,22 +170,24 @@ class Peer:
         if link.broken:
             raise PeerError(f"the connection to {self.address} broke")
         waiting = asyncio.ensure_future(link.held[pull_id].get())
+        happened = asyncio.ensure_future(since.wait()) if since is not None else None
         try:
-            if since is not None:
-                happened = asyncio.ensure_future(since.wait())
+            if happened is not None:
                 await asyncio.wait([waiting, happened], return_when=asyncio.FIRST_COMPLETED)
-                happened.cancel()
             held = await asyncio.wait_for(waiting, seconds)
         except TimeoutError:
             raise PeerError(f"{self.address} told nothing more within {seconds:g} s") from None
         finally:
             waiting.cancel()
+            if happened is not None:
+                happened.cancel()
         if link.broken:
             raise PeerError(f"the connection to {self.address} broke")
         return held
 
     async def _connected(self) -> _Link:
         if self._ready is None:
+            self._fail_fast()
             self._ready = asyncio.get_running_loop().create_future()
             self._task = asyncio.create_task(self._live(self._ready))
         # A pull that is given up meanwhile does not end the connecting, which others wait for as well.
@@ -216,11 +228,16 @@ class Peer:
         self._link = self._ready = None
         self.figures.plane = ""
         if not ready.done():
-            ready.set_exception(PeerError(f"no connection to {self.address}: {reason}"))
+            self._failed = (time.monotonic(), f"no connection to {self.address}: {reason}")
+            ready.set_exception(PeerError(self._failed[1]))
             # Whoever waited for it may be gone.
             ready.exception()
         if link is not None:
             link.broken = True
+            if link.repair is not None:
+                link.repair.cancel()
+            if link.repair_later is not None:
+                link.repair_later.cancel()
             for plane in link.planes.values():
                 plane.close()
             for opened_last in (link.nixl, link.peer):
@@ -229,7 +246,10 @@ class Peer:
             for queue in link.held.values():
                 queue.put_nowait(pb.BlocksHeld())
             for opened in link.sockets.values():
-                opened.cancel()
+                if not opened.done():
+                    opened.set_exception(PlaneError("the connection broke"))
+                    # Whoever waited for it may be gone.
+                    opened.exception()
 
     async def _requests(self, out: asyncio.Queue[pb.ConnectRequest]) -> AsyncIterator[pb.ConnectRequest]:
         node = self._node
@@ -250,28 +270,41 @@ class Peer:
             elif response.HasField("peer_opened") or response.HasField("checked"):
                 if link.peer is not None:
                     link.peer.heard(response)
-            elif opened := link.sockets.pop(response.socket.request_id, None):
+            elif (opened := link.sockets.pop(response.socket.request_id, None)) and not opened.done():
                 opened.set_result(response.socket)
 
     # ------------------------------------------------------------------ planes
 
     async def _open_planes(self, link: _Link) -> None:
         """Open and probe every plane that is not there. Raises PeerError when none works."""
-        link.repaired_s = time.monotonic()
-        for name in self._node.config.planes:
-            if name in link.planes:
-                continue
-            try:
-                plane = await self._open(name, link)
-                link.rates[name] = await probe(plane, self._node.memory)
-            except PlaneError as error:
-                log.warning("peer=%s plane=%s event=plane_failed reason=%s", self.address, name, error)
-            else:
-                link.planes[name] = plane
-        link.planes = {name: link.planes[name] for name in self._node.config.planes if name in link.planes}
+        wanted = self._node.config.planes
+        for name in wanted:
+            if name not in link.planes:
+                await self._open_probed(name, link)
+        link.planes = {name: link.planes[name] for name in wanted if name in link.planes}
+        if len(link.planes) < len(wanted):
+            self._repair_later(link)
+            link.repair_s = min(2 * link.repair_s, MOST_REPAIR_S)
+        else:
+            link.repair_s = REPAIR_S
         if link.best is None:
-            raise PeerError(f"no plane works to {self.address}; tried {', '.join(self._node.config.planes)}")
+            self._failed = (time.monotonic(), f"no plane works to {self.address}; tried {', '.join(wanted)}")
+            raise PeerError(self._failed[1])
         self._chose(link)
+
+    async def _open_probed(self, name: str, link: _Link) -> None:
+        plane: Plane | None = None
+        try:
+            plane = await self._open(name, link)
+            link.rates[name] = await probe(plane, self._node.memory)
+        except BaseException as error:
+            if plane is not None:
+                plane.close()
+            if not isinstance(error, PlaneError):
+                raise
+            log.warning("peer=%s plane=%s event=plane_failed reason=%s", self.address, name, error)
+        else:
+            link.planes[name] = plane
 
     async def _open(self, name: str, link: _Link) -> Plane:
         node, timeout_s = self._node, self._node.config.transfer_timeout_s
@@ -299,10 +332,8 @@ class Peer:
             try:
                 async with asyncio.timeout(CONNECT_S):
                     answer = await opened
-            except (TimeoutError, asyncio.CancelledError):
-                if link.broken or opened.cancelled() or not opened.done():
-                    raise PlaneError("the peer gave no secret in time") from None
-                raise
+            except TimeoutError:
+                raise PlaneError("the peer gave no secret in time") from None
             return answer.port, answer.secret
 
         await by_socket.open(self.address.rpartition(":")[0], ask, node.config.connections)
@@ -315,21 +346,37 @@ class Peer:
             self.figures.fallbacks += 1
             log.warning("peer=%s plane=%s event=plane_broke", self.address, plane.name)
             self._chose(link)
-            asyncio.get_running_loop().call_later(REPAIR_S, self._repair_soon, link)
+            link.repair_s = REPAIR_S
+            self._repair_later(link)
 
-    def _repair_soon(self, link: _Link) -> None:
-        if not link.broken:
-            task = asyncio.ensure_future(self._repair(link))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    def _repair_later(self, link: _Link) -> None:
+        if link.repair_later is not None:
+            link.repair_later.cancel()
+        link.repair_later = asyncio.get_running_loop().call_later(link.repair_s, self._repair, link)
 
-    async def _repair(self, link: _Link) -> Plane:
-        """Open again what broke. Raises PeerError when no plane works."""
-        async with self._repairing:
-            if link.best is None or time.monotonic() - link.repaired_s >= REPAIR_S:
-                await self._open_planes(link)
-        if link.best is None:
+    def _repair(self, link: _Link) -> asyncio.Task[None]:
+        """Open again what broke, in a task of its own: pulls that wait for it may be given up."""
+        if link.repair_later is not None:
+            link.repair_later.cancel()
+            link.repair_later = None
+        if link.repair is None or link.repair.done():
+            link.repair = asyncio.create_task(self._open_planes(link))
+            link.repair.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return link.repair
+
+    async def _repaired(self, link: _Link) -> Plane:
+        """Raises PeerError when no plane works."""
+        self._fail_fast()
+        repair = self._repair(link)
+        await asyncio.wait([repair])
+        if repair.cancelled() or link.best is None:
             raise PeerError(f"no plane works to {self.address}")
         return link.best
+
+    def _fail_fast(self) -> None:
+        failed_s, reason = self._failed
+        if time.monotonic() - failed_s < FAIL_FAST_S:
+            raise PeerError(reason)
 
     def _chose(self, link: _Link) -> None:
         plane = link.best

@@ -189,6 +189,7 @@ class Pulls:
                     first_block=held.first_block + skip,
                     slots=held.slots[skip:],
                     generations=held.generations[skip:],
+                    epoch=held.epoch,
                 )
                 if rest.first_block != have and rest.slots:
                     raise PeerError(f"{source.address} left out blocks of a sequence")
@@ -212,7 +213,10 @@ class Pulls:
         moves = [Move(*move) for move in zip(held.slots, held.generations, slots, strict=True)]
         size = GROUP * request_blocks(self._node.memory.slot_bytes)
         urgency = (0, lease.arrival_s)
-        groups = [asyncio.create_task(peer.read(moves[at : at + size], urgency)) for at in range(0, len(moves), size)]
+        groups = [
+            asyncio.create_task(peer.read(held.epoch, moves[at : at + size], urgency))
+            for at in range(0, len(moves), size)
+        ]
         try:
             for group in groups:
                 copied = await group

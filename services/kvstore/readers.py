@@ -113,8 +113,13 @@ class Reader:
 
     def handed_off(self, request: Request, granted: Granted) -> None:
         """Prefill is done with the lease: all of the sequence can be read, and nobody writes to it any more."""
-        lease = self._node.store.leases[granted.lease_id]
+        lease = self._node.store.leases.get(granted.lease_id)
         follow = self._follows.pop(request, None)
+        if lease is None:
+            # Older requests took its slots in the same breath.
+            if follow is not None:
+                self._tell(follow.pull_id, follow.told, [], last=True)
+            return
         if follow is None:
             self._node.store.release(self.key, granted.lease_id)
             return
@@ -125,6 +130,7 @@ class Reader:
     def _tell(self, pull_id: int, first: int, slots: list[int], *, last: bool, tokens: int = 0) -> None:
         generations = [self._node.memory.generation(slot) for slot in slots]
         held = pb.BlocksHeld(
-            pull_id=pull_id, first_block=first, slots=slots, generations=generations, last=last, tokens=tokens
-        )
+            pull_id=pull_id, first_block=first, slots=slots, generations=generations, last=last, tokens=tokens,
+            epoch=self._node.epoch,
+        )  # fmt: skip
         self.put(pb.ConnectResponse(held=held))

@@ -57,7 +57,8 @@ class Keeper:
             raise
         if not self.segment.reused:
             self._notes = {}
-        self._workers: dict[str, FormerWorker] = {}
+        # Those of the former process stay noted until they are known to be dead, whatever happens to this one.
+        self._workers = {worker.incarnation: worker for worker in self.former_workers()}
 
     def _usable(self, size: int) -> bool:
         notes = self._notes

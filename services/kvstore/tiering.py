@@ -22,10 +22,12 @@ from headway.core.blocks import Block
 from headway.core.model import KvFormat
 from headway.core.promote import ReadCost
 from headway.core.store import Store
+from headway.slab.host import SlabError
 from headway.v1 import kvstore_pb2 as pb
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.memory import Pieces
 from services.kvstore.node import Node
+from services.kvstore.planes.contract import all_over
 from services.kvstore.tiers.contract import Tier, TierError
 from services.kvstore.tiers.disk import DiskTier
 from services.kvstore.tiers.host import HostTier
@@ -117,13 +119,15 @@ class Tiering:
         for name, opened in self._wanted(kv_format, self._teller(store)).items():
             try:
                 tier = await asyncio.to_thread(opened)
-            except TierError as error:
+            except (TierError, OSError) as error:
                 log.error("event=tier_off tier=%s reason=%s", name, error)
                 continue
             if isinstance(tier, DiskTier):
                 keys = tier.keys()
                 for at in range(0, len(keys), EVENT_KEYS):
                     store.below_changed(keys[at : at + EVENT_KEYS], [])
+                    # There may be a million of them.
+                    await asyncio.sleep(0)
             self.tiers.append(Below(name, tier))
         self._node.settle()
 
@@ -182,7 +186,10 @@ class Tiering:
             await self._short.wait()
             self._short.clear()
             while victims := self._next_victims(self._node.store):
-                await self._write(victims)
+                try:
+                    await self._write(victims)
+                except (SlabError, TierError, OSError) as error:
+                    log.error("event=write_back_failed reason=%s", error)
                 if not any(self._kept(block) for block in victims):
                     await asyncio.sleep(PAUSE_S)
             await asyncio.sleep(LOOK_S)
@@ -249,7 +256,7 @@ class Tiering:
         try:
             good = await asyncio.shield(reading)
         except asyncio.CancelledError:
-            await asyncio.wait([reading])
+            await all_over([reading])
             raise
         finally:
             below.cost.ended(len(keys), good, time.monotonic() - started)

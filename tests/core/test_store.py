@@ -307,15 +307,15 @@ def test_waiting_ends_in_time_or_when_cancelled() -> None:
     assert refusal(reply.result) is Problem.NO_SLOTS
 
 
-def test_a_suspended_worker_keeps_its_unsealed_slots_in_quarantine() -> None:
+def test_what_a_suspended_worker_may_still_read_and_write_is_left_alone() -> None:
     bench = Bench(6)
     lease = bench.granted("p", A, growth=4)
     bench.seal("p", lease.lease_id, A)
     bench.store.suspend("p")
     bench.check()
-    assert bench.counts() == (2, 0, 2, 2)
-    assert bench.acquire("q", list(range(300, 320)), arrival_s=1.0) is None
-    assert bench.store.pool.free_slots().isdisjoint(lease.slots[2:])
+    assert bench.counts() == (2, 2, 0, 2)
+    assert bench.acquire("q", list(range(300, 312)), growth=4, arrival_s=1.0) is None
+    assert bench.store.pool.free_slots().isdisjoint(lease.slots)
     bench.store.resolve("p")
     bench.check()
     assert [type(item) for item in bench.store.instructions()] == [Reply]

@@ -250,6 +250,26 @@ async def test_a_handoff_that_the_reader_gave_up_leaves_nothing_waiting(two: Pai
     assert (await two.reader.pulled(again, 3)).cached_tokens == 0
 
 
+async def test_a_handoff_whose_slots_are_taken_in_the_same_breath_ends_the_following(two: Pair) -> None:
+    """One message hands a sequence off and gives other slots up, which starts the reclaim that takes the handed-off."""
+    worker = two.source.worker
+    lease_id = await follow(two, FORTY, "s")
+    left = acquire(FORTY, "s", joiner="@reader")
+    left.acquire.arrival_s = 1.0
+    young = acquire(list(range(5000, 5000 + 10 * BLOCK)), "young")
+    young.acquire.arrival_s = 2.0
+    granted = [reply.granted.lease_id for reply in await worker.run(left, young)]
+    old = acquire(list(range(9000, 9000 + 30 * BLOCK)), "old")
+    replies = await worker.run(
+        old, pb.AttachOperation(hand_off=pb.HandOffLease(lease_id=granted[0])), release(granted[1])
+    )
+    assert replies[0].granted.lease_id
+    assert (await two.reader.pulled(lease_id, 5)).cached_tokens == 0
+    await worker.run(release(replies[0].granted.lease_id))
+    await two.reader.worker.run(release(lease_id))
+    await all_free(two)
+
+
 async def test_a_sequence_that_is_over_elsewhere_is_not_waited_for(two: Pair) -> None:
     lease_id = await follow(two, FORTY, "never computed")
     await asyncio.sleep(0.1)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from headway.core.records import ForgetfulRecords
 from headway.core.slots import SlotPool
-from headway.slab.host import HostSegment
-from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT, SlabMemory
+from headway.slab.host import HostSegment, SlabError
+from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT, Pieces, SlabMemory
 from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError
 from services.kvstore.planes.frames import pack_request
 from services.kvstore.planes.socket_plane import SocketPlane
@@ -110,6 +111,70 @@ async def test_a_slot_given_out_anew_is_stale(sides: tuple[Side, Side], source: 
         copied = await reader.read(moves(SCATTERED), NOW)
     assert [slot for slot, what in enumerate(copied) if what is Copied.STALE] == [freed]
     assert copied.count(Copied.GOOD) == SLOTS - 1
+
+
+async def test_a_read_given_up_twice_ends_only_when_nothing_arrives_any_more(
+    sides: tuple[Side, Side], source: SocketSource
+) -> None:
+    proxy = Relay(source.port)
+    proxy.arm(Fault.STALL, 100_000)
+    try:
+        async with plane(sides, source, port=proxy.port, connections=1) as reader:
+            reading = asyncio.create_task(reader.read(moves(SCATTERED), NOW))
+            while not proxy.struck:
+                await asyncio.sleep(0.01)
+            for _ in range(3):
+                reading.cancel()
+                await asyncio.sleep(0.02)
+            assert not reading.done()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+    finally:
+        proxy.close()
+
+
+async def test_an_error_of_our_own_side_ends_the_plane(
+    sides: tuple[Side, Side], source: SocketSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As staging may raise for a slab on a device: nobody waits for a thread that is gone."""
+
+    def incoming(slots: Sequence[int]) -> Pieces:
+        raise SlabError("no pinned memory")
+
+    async with plane(sides, source, connections=1) as reader:
+        monkeypatch.setattr(sides[1].memory, "incoming", incoming)
+        async with asyncio.timeout(5):
+            assert await reader.read(moves(SCATTERED), NOW) == [Copied.MISSING] * SLOTS
+
+
+class ShortOfDescriptors:
+    """A listener whose next accept fails."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self.failed = False
+
+    def accept(self) -> Any:
+        if not self.failed:
+            self.failed = True
+            raise OSError(errno.EMFILE, "too many open files")
+        return self._listener.accept()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._listener, name)
+
+
+async def test_a_source_short_of_descriptors_serves_again(sides: tuple[Side, Side]) -> None:
+    source = SocketSource(sides[0].memory, "127.0.0.1", 1.0)
+    listener = ShortOfDescriptors(source._listener)
+    source._listener = cast("socket.socket", listener)
+    source.start(0)
+    try:
+        async with plane(sides, source, connections=1) as reader:
+            assert await reader.read(moves({1: 2}), NOW) == [Copied.GOOD]
+    finally:
+        source.close()
+    assert listener.failed
 
 
 @pytest.mark.parametrize("fault", Fault)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +26,17 @@ BLOCK, SLOTS = 4, 8
 
 
 class HeldTier:
-    """Takes everything and writes nothing; a read ends when it is let go."""
+    """Takes everything and writes nothing; a read ends when it is let go. `fails`: so many puts first."""
 
     def __init__(self) -> None:
+        self.fails = 0
         self.still: dict[bytes, Callable[[], bool]] = {}
         self.reading, self.let_go = threading.Event(), threading.Event()
 
     def put(self, key: bytes, parent: bytes, view: memoryview, still: Callable[[], bool] = unchanged) -> bool:
+        if self.fails:
+            self.fails -= 1
+            raise OSError(errno.ENOMEM, "no memory")
         self.still[key] = still
         return True
 
@@ -116,6 +121,14 @@ async def test_a_slot_that_was_given_out_anew_is_no_longer_the_block(
     assert all(tier.still[key]() for key in first)
     compute(store, 3, 1)
     assert [tier.still[key]() for key in first] == [True, True, True, False]
+
+
+async def test_a_write_that_fails_is_tried_again(store: Store, tiering: Tiering, tier: HeldTier) -> None:
+    """The kvstore serves on, and no block is lost to the tiers for good."""
+    keys = compute(store, 1, 8)
+    tier.fails = 1
+    await written(tiering, tier, keys[6:])
+    assert not tier.fails
 
 
 async def test_a_slab_laid_out_anew_has_none_of_the_former_blocks(

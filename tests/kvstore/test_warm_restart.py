@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +22,8 @@ from headway.core.keys import block_keys
 from headway.core.model import KvFormat, LayerGroup
 from headway.fleet.process import FleetError, ServiceProcess
 from headway.slab.host import SHM
-from tests.kvstore.rig import BLOCK, Peer, acquire, attached, kvstore, release, running, seal, slab_file, stats
+from services.kvstore.restart import FormerWorker, Keeper, started_at
+from tests.kvstore.rig import BLOCK, FORMAT, Peer, acquire, attached, kvstore, release, running, seal, slab_file, stats
 
 SLOTS = 64
 A, B = list(range(40)), list(range(100, 180))
@@ -152,6 +155,35 @@ async def killed_with_blocks(store: ServiceProcess) -> AsyncIterator[None]:
         view = peer.map()
         assert await found(peer, view, B) == 0
         await compute(peer, view, B, 5)
+
+
+def test_a_kvstore_killed_while_it_starts_again_forgets_nobody() -> None:
+    """Former workers stay noted until they are known to be dead."""
+    name = f"headway-test-{uuid.uuid4().hex[:8]}"
+    workers = [FormerWorker(f"incarnation-{at}", f"w{at}", os.getpid(), started_at(os.getpid())) for at in range(3)]
+    keeper = Keeper(name, 64 << 10)
+    keeper.lay_out(FORMAT)
+    keeper.keep(workers[0])
+    keeper.keep(workers[1])
+    killed(keeper)
+    second = Keeper(name, 64 << 10)
+    assert second.former_workers() == workers[:2]
+    second.keep(workers[2])
+    killed(second)
+    third = Keeper(name, 64 << 10)
+    assert third.former_workers() == workers
+    third.forget(workers[0].incarnation)
+    killed(third)
+    last = Keeper(name, 64 << 10)
+    assert last.former_workers() == workers[1:]
+    last.remove()
+
+
+def killed(keeper: Keeper) -> None:
+    """As the kernel ends it: its lock is gone, and no file."""
+    os.close(keeper.segment.descriptor)
+    fcntl.flock(keeper._metadata._descriptor, fcntl.LOCK_UN)
+    os.close(keeper._metadata._descriptor)
 
 
 async def test_another_size_starts_anew(store: ServiceProcess) -> None:

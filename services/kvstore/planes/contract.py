@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import enum
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
@@ -68,6 +70,13 @@ def judge(found: int | None, *, current: bool, checksum: int | None) -> Copied:
     if not current:
         return Copied.STALE
     return Copied.GOOD if found is None or found == checksum else Copied.CORRUPT
+
+
+async def all_over(futures: Sequence[asyncio.Future[Any]]) -> None:
+    """Wait until all are done. The caller's being cancelled, once or often, does not cut it short."""
+    while pending := [future for future in futures if not future.done()]:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(pending)
 
 
 class Plane(Protocol):

@@ -33,7 +33,16 @@ from dataclasses import dataclass
 from headway.v1 import transfer_pb2 as pb
 from services.kvstore.device_memory import DeviceMemory
 from services.kvstore.memory import LANDING_SLOT, SlabMemory
-from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, judge, request_blocks
+from services.kvstore.planes.contract import (
+    Checksums,
+    Copied,
+    Move,
+    PlaneError,
+    Urgency,
+    all_over,
+    judge,
+    request_blocks,
+)
 from services.kvstore.planes.nixl_agent import Agent, AgentThread, nothing
 
 log = logging.getLogger(__name__)
@@ -122,10 +131,8 @@ class NixlPlane:
             results = await asyncio.gather(*(asyncio.shield(job.done) for job in jobs))
         except asyncio.CancelledError:
             self._drop(jobs)
-            # See above; the timeout bounds this. Another cancel does not cut it short.
-            while on_the_way := [job.done for job in jobs if not job.done.done()]:
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait(on_the_way)
+            # See above; the timeout bounds this.
+            await all_over([job.done for job in jobs])
             raise
         return [copied for result in results for copied in result]
 

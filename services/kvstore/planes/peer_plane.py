@@ -19,7 +19,16 @@ from headway.slab.host import SlabError
 from headway.v1 import transfer_pb2 as pb
 from services.kvstore.device_memory import DeviceMemory
 from services.kvstore.memory import LANDING_SLOT, PROBE_SLOT
-from services.kvstore.planes.contract import Checksums, Copied, Move, PlaneError, Urgency, judge, request_blocks
+from services.kvstore.planes.contract import (
+    Checksums,
+    Copied,
+    Move,
+    PlaneError,
+    Urgency,
+    all_over,
+    judge,
+    request_blocks,
+)
 from services.kvstore.planes.peer_source import boot_id
 
 log = logging.getLogger(__name__)
@@ -142,9 +151,7 @@ class PeerPlane:
             await asyncio.shield(copying)
             checked, sums = await self._check(moves)
         except asyncio.CancelledError:
-            while not copying.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([copying])
+            await all_over([copying])
             raise
         except (DeviceError, TimeoutError, PlaneError) as error:
             log.warning("event=transfer_failed plane=peer reason=%s", str(error) or "no answer in time")

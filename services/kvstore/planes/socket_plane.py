@@ -21,6 +21,7 @@ from services.kvstore.planes.contract import (
     Move,
     PlaneError,
     Urgency,
+    all_over,
     digests,
     judge,
     request_blocks,
@@ -92,24 +93,29 @@ class SocketPlane:
             if not port:
                 raise PlaneError("the peer serves no sockets")
             try:
-                connection = await asyncio.to_thread(self._connect, host, port, secret)
+                await asyncio.to_thread(self._connect, host, port, secret)
             except (OSError, FrameError) as error:
                 raise PlaneError(f"no data connection to {host}:{port}: {error}") from None
-            self._connections[connection] = None
-            threading.Thread(target=self._run, args=(connection,), name="transfer-in", daemon=True).start()
 
-    def _connect(self, host: str, port: int, secret: bytes) -> socket.socket:
+    def _connect(self, host: str, port: int, secret: bytes) -> None:
         connection = socket.create_connection((host, port), CONNECT_S)
-        connection.settimeout(None)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        set_timeouts(connection, receive_s=CONNECT_S, send_s=self._timeout_s)
-        connection.sendall(secret)
-        if connection.recv(1) != WELCOME:
+        try:
+            connection.settimeout(None)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            set_timeouts(connection, receive_s=CONNECT_S, send_s=self._timeout_s)
+            connection.sendall(secret)
+            if connection.recv(1) != WELCOME:
+                raise FrameError("the peer did not accept the secret")
+            # From now on the watchdog sees to it: the kernel's timeout starts anew with every byte that trickles in.
+            set_timeouts(connection, receive_s=0, send_s=self._timeout_s)
+            with self._queue.changed:
+                if self._queue.closed:
+                    raise FrameError("the plane was closed meanwhile")
+                self._connections[connection] = None
+            threading.Thread(target=self._run, args=(connection,), name="transfer-in", daemon=True).start()
+        except BaseException:
             connection.close()
-            raise FrameError("the peer did not accept the secret")
-        # From now on the watchdog sees to it: the kernel's timeout starts anew with every byte that trickles in.
-        set_timeouts(connection, receive_s=0, send_s=self._timeout_s)
-        return connection
+            raise
 
     def _watch(self) -> None:
         """Hang up on a peer that takes too long over one request."""
@@ -136,7 +142,7 @@ class SocketPlane:
         except asyncio.CancelledError:
             self._drop(jobs)
             # What is on its way still writes; each connection's timeout bounds this.
-            await asyncio.gather(*(job.done for job in jobs))
+            await all_over([job.done for job in jobs])
             raise
         return [copied for result in results for copied in result]
 
@@ -185,7 +191,7 @@ class SocketPlane:
                     result = self._receive(connection, on_the_way[0])
                     self._connections[connection] = None
                     self._tell(on_the_way.popleft(), result)
-        except (OSError, FrameError) as error:
+        except Exception as error:  # also the device's that the bytes go to: no job may wait for a thread that is gone
             self._fail(on_the_way, f"the data connection broke: {error}")
 
     def _next(self, *, wait: bool) -> _Job | None:

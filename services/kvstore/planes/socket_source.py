@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MOST_CONNECTIONS = 256
 HANDSHAKE_S = 5.0
+ACCEPT_PAUSE_S = 0.1
 
 
 class SocketSource:
@@ -41,6 +42,7 @@ class SocketSource:
         self._secrets: dict[bytes, object] = {}
         self._open: dict[socket.socket, object] = {}
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         self.port = 0
 
     def start(self, port: int) -> None:
@@ -71,6 +73,7 @@ class SocketSource:
             hang_up(connection)
 
     def close(self) -> None:
+        self._closed.set()
         hang_up(self._listener)
         self._listener.close()
         with self._lock:
@@ -82,8 +85,13 @@ class SocketSource:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._closed.is_set():
+                    return
+                # The connection is gone already, or there are no descriptors left just now.
+                log.warning("event=transfer_accept_failed reason=%s", error)
+                self._closed.wait(ACCEPT_PAUSE_S)
+                continue
             with self._lock:
                 room = len(self._open) < MOST_CONNECTIONS
                 if room:
