@@ -16,7 +16,8 @@ import grpc
 
 from headway.runtime.errors import HeadwayError
 from headway.slab.device import DeviceSegment
-from services.kvstore.node import Node, Session
+from services.kvstore.node import Node
+from services.kvstore.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
-import secrets
-import select
 import time
 from typing import TYPE_CHECKING
 
@@ -16,12 +13,11 @@ import grpc
 
 from headway.core.audit import check_integrity
 from headway.core.instructions import Filled, Instruction, Offer, Reclaim, StartPull, StopPull
-from headway.core.keys import split_keys
-from headway.core.leases import PULL, Done, Problem, Refused, Result, Source
+from headway.core.leases import PULL
 from headway.core.model import KvFormat
 from headway.core.records import ForgetfulRecords
 from headway.core.store import Store
-from headway.runtime.errors import HeadwayError, invalid
+from headway.runtime.errors import HeadwayError
 from headway.slab.host import slot_stride
 from headway.v1 import kvstore_pb2 as pb
 from services.kvstore.config import KvStoreConfig
@@ -29,6 +25,7 @@ from services.kvstore.convert import reply_of
 from services.kvstore.device_keeper import DeviceKeeper
 from services.kvstore.memory import Memory
 from services.kvstore.restart import FormerWorker, Keeper, started_at
+from services.kvstore.session import Session
 
 if TYPE_CHECKING:
     from services.kvstore.pulls import Pulls
@@ -40,47 +37,10 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 # Walking a larger slab would hold up the loop for more than a few milliseconds.
 AUDIT_SLOTS = 16384
-# A worker that does not read for so long is as good as gone.
-MAX_REPLIES = 65536
-
-
-class Session:
-    """One incarnation of a worker: what it holds is accounted under its key, over breaks of the stream."""
-
-    def __init__(self, key: str, worker_id: str) -> None:
-        self.key = key
-        self.worker_id = worker_id
-        self.connected = True
-        self.heard_s = time.monotonic()
-        self.pidfd: int | None = None
-        self.secret = secrets.token_bytes(32)
-        self.replies: list[pb.AttachReply] = []
-        self.wake = asyncio.Event()
-
-    def put(self, reply: pb.AttachReply) -> None:
-        """Send with all else of this loop tick. A session that takes none of them ends."""
-        if self.connected:
-            self.replies.append(reply)
-            self.connected = len(self.replies) < MAX_REPLIES
-            self.wake.set()
-
-    def hang_up(self) -> None:
-        """End the stream from this side."""
-        self.connected = False
-        self.wake.set()
-
-    @property
-    def dead(self) -> bool:
-        """The process is gone (or never mapped the slab, which is as good)."""
-        if self.pidfd is None:
-            return True
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(0))
 
 
 class Node:
-    """All operations come through here; after each, what other sessions must hear is sent and watchers are woken."""
+    """After each change of the store, `settle` sends what other sessions must hear and wakes the watchers."""
 
     def __init__(self, config: KvStoreConfig, keeper: Keeper | DeviceKeeper, memory: Memory) -> None:
         self.config = config
@@ -220,112 +180,7 @@ class Node:
         if self.tiering is not None:
             self.tiering.lay_out()
 
-    # ------------------------------------------------------------------ operations
-
-    def handle(self, session: Session, operations: pb.AttachOperations) -> None:
-        """Run operations in order; results that do not have to wait are answered in one message."""
-        session.heard_s = time.monotonic()
-        for operation in operations.operations:
-            kind = operation.WhichOneof("operation") or ""
-            try:
-                result = self._run(session, kind, operation)
-            except HeadwayError as error:
-                result = Refused(Problem.INVALID, error.message)
-            if result is not None and operation.operation_id:
-                session.put(reply_of(kind, operation.operation_id, result))
-        self.settle()
-
-    def _run(self, session: Session, kind: str, operation: pb.AttachOperation) -> Result | None:
-        store, key, now = self.store, session.key, time.monotonic()
-        if kind == "acquire":
-            return self._acquire(session, operation.operation_id, operation.acquire, now)
-        if kind == "seal":
-            seal = operation.seal
-            keys = _keys(seal.block_keys)
-            return store.seal(key, seal.lease_id, first=seal.first_block, keys=keys, parent=seal.parent_key)
-        if kind == "join":
-            lease_id = operation.join.lease_id if operation.join.epoch == self.epoch else 0
-            return store.join(key, session.worker_id, lease_id)
-        if kind == "extend":
-            extend = operation.extend
-            deadline_s = now + _finite(extend.timeout_s, "timeout_s")
-            return store.extend(
-                key, operation.operation_id, extend.lease_id, blocks=extend.blocks, deadline_s=deadline_s
-            )
-        if kind == "release":
-            return store.release(key, operation.release.lease_id)
-        if kind == "refresh":
-            return store.refresh(key, operation.refresh.lease_id, operation.refresh.from_token)
-        if kind == "hand_off":
-            lease_id = operation.hand_off.lease_id
-            if self._nobody_joins(lease_id):
-                return store.release(key, lease_id)
-            return store.hand_off(key, lease_id, now, self._joiner_of(lease_id))
-        if kind == "offer":
-            return store.offer(key, operation.offer.lease_id, self._joiner_of(operation.offer.lease_id))
-        if kind == "finish_pull":
-            if self.pulls is not None and operation.finish_pull.lease_id in store.leases:
-                self.pulls.finish(operation.finish_pull.lease_id)
-            return Done()
-        if kind == "cancel_acquire":
-            cancel = operation.cancel_acquire
-            store.cancel_acquire(key, (cancel.sequence_id, cancel.attempt))
-            return Done()
-        if kind == "renew":
-            # Like every message, a sign of life: `handle` has noted it.
-            return Done()
-        raise invalid("this kvstore does not know the operation; run workers and kvstore of the same version")
-
-    def _nobody_joins(self, lease_id: int) -> bool:
-        """The other node that was to go on with the lease has given up on it."""
-        lease = self.store.leases.get(lease_id)
-        if lease is None or not lease.remote:
-            return False
-        return any(reader.joiner == lease.joiner and reader.misses(lease.request) for reader in self.readers.values())
-
-    def _joiner_of(self, lease_id: int) -> str | None:
-        """The session of the worker that is expected to join the lease, if it is attached."""
-        lease = self.store.leases.get(lease_id)
-        if lease is not None and lease.remote:
-            readers = self.readers.values()
-            here = (reader for reader in readers if reader.joiner == lease.joiner and reader.follows(lease.request))
-            return next((reader.key for reader in here), None)
-        for session in self.sessions.values() if lease is not None and lease.joiner else ():
-            if (
-                lease is not None
-                and session.worker_id == lease.joiner
-                and session.connected
-                and session.pidfd is not None
-            ):
-                return session.key
-        return None
-
-    def _acquire(self, session: Session, operation_id: int, acquire: pb.AcquireLease, now: float) -> Result | None:
-        keys = _keys(acquire.block_keys)
-        return self.store.acquire(
-            session.key,
-            operation_id,
-            keys=keys,
-            tokens=acquire.tokens,
-            growth=acquire.growth_tokens,
-            arrival_s=_finite(acquire.arrival_s, "arrival_s"),
-            deadline_s=now + _finite(acquire.timeout_s, "timeout_s"),
-            joiner=acquire.joiner,
-            request=(acquire.sequence_id, acquire.attempt),
-            source=self._source(acquire, keys),
-        )
-
-    def _source(self, acquire: pb.AcquireLease, keys: list[bytes]) -> Source | None:
-        """Where what the slab lacks comes from, if not from computing it."""
-        pull, token_s = acquire.pull, _finite(acquire.prefill_token_s, "prefill_token_s")
-        if pull.kvstore:
-            return Source(pull.kvstore, pull.blocks, pull.follow, token_s)
-        if self.tiering is not None and self.tiering.tiers:
-            most = (acquire.tokens - 1) // self.block_size
-            missing = keys[len(self.store.cache.match(keys, most)) : max(0, most)]
-            if missing and self.tiering.promising(missing, token_s):
-                return Source("", prefill_token_s=token_s)
-        return None
+    # ------------------------------------------------------------------ what follows from operations
 
     def settle(self) -> None:
         """Send what the last operations mean for others."""
@@ -392,17 +247,3 @@ class Node:
                 self._audited = store.events.last
                 for wrong in check_integrity(store):
                     log.error("event=integrity %s", wrong)
-
-
-def _keys(joined: bytes) -> list[bytes]:
-    try:
-        return split_keys(joined)
-    except ValueError as error:
-        raise invalid(str(error)) from None
-
-
-def _finite(seconds: float, name: str) -> float:
-    """Anything else could neither be ordered nor run out."""
-    if not math.isfinite(seconds):
-        raise invalid(f"{name} is {seconds}; it must be a finite number of seconds")
-    return seconds

@@ -19,7 +19,9 @@ from headway.slab.device import DeviceSegment
 from headway.slab.host import HostSegment
 from headway.v1 import kvstore_pb2 as pb
 from headway.v1 import kvstore_pb2_grpc
-from services.kvstore.node import Node, Session
+from services.kvstore.node import Node
+from services.kvstore.operations import Operations
+from services.kvstore.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ StatsContext = grpc.aio.ServicerContext[pb.StatsRequest, pb.StatsResponse]
 class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     def __init__(self, node: Node, socket_path: str) -> None:
         self._node = node
+        self._operations = Operations(node)
         self._socket_path = socket_path
 
     async def Attach(
@@ -73,7 +76,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 if not session.connected:
                     log.warning("worker=%s event=cut_off waiting_replies=%d", session.worker_id, len(session.replies))
                     break
-                self._node.handle(session, request.operations)
+                self._operations.handle(session, request.operations)
         except Exception:
             log.exception("worker=%s event=attach_failed", session.worker_id)
         finally:
