@@ -29,7 +29,7 @@ class KvStoreConfig:
     planes: tuple[str, ...] = option(("socket", "grpc"), "how bytes may move between nodes: socket, grpc, nixl, peer")
     transfer_host: str = option("127.0.0.1", "address that other nodes' kvstores connect to for bytes")
     transfer_port: int = option(0, "port for that; 0 lets the kernel choose")
-    transfer_connections: int = option(0, "data connections to each other node; 0: one for two cores, at most 4")
+    transfer_connections: int = option(0, "data connections to each other node; 0: one for two cores, 2 to 4")
     transfer_timeout_s: float = option(5.0, "after how long without bytes a data connection is given up")
     checksum: str = option("sampled", "which transfers are checked for flipped bits", choices=("off", "sampled", "all"))
     host_bytes: int = option(0, "bytes of host memory that keep what a slab on a device evicts; 0: none")
@@ -45,8 +45,11 @@ class KvStoreConfig:
 
     @property
     def connections(self) -> int:
-        """To each other node: threads that copy, which more than half the cores would only make wait for each other."""
-        return self.transfer_connections or max(1, min(4, (os.cpu_count() or 1) // 2))
+        """To each other node: threads that copy, which more than half the cores would only make wait for each other.
+
+        Never one alone: it is slow for the first 10 to 20 ms after a pause, perhaps as both its ends wake on one core.
+        """
+        return self.transfer_connections or max(2, min(4, (os.cpu_count() or 1) // 2))
 
     def __post_init__(self) -> None:
         if self.slab_bytes < PAGE:
