@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -19,8 +20,14 @@ SIM = ["--engine", "sim", "--model", "sim"]
 
 
 def start(module: str, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", module, *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """Ctrl-C ends it also where the shell that runs these tests has told its children to ignore it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
