@@ -14,8 +14,8 @@ from headway.runtime.channels import open_channel
 from headway.runtime.convert import kv_format_to_proto
 from headway.v1 import kvstore_pb2, transfer_pb2_grpc
 from headway.v1 import transfer_pb2 as pb
-from services.kvstore.link import CONNECT_S, LastFailure, Link, PeerError
 from services.kvstore.node import Node
+from services.kvstore.peer_link import CONNECT_S, LastFailure, Link, PeerError
 from services.kvstore.planes.contract import Checksums, Copied, Move, Urgency
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class Peer:
         self._link = self._ready = None
         self.figures.plane = ""
         if not ready.done():
-            ready.set_exception(self._failure.now(f"no connection to {self.address}: {reason}"))
+            ready.set_exception(self._failure.record(f"no connection to {self.address}: {reason}"))
             # Whoever waited for it may be gone.
             ready.exception()
         if link is not None:

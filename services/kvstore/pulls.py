@@ -10,8 +10,8 @@ from headway.core.flights import Flights
 from headway.core.leases import PULL, Lease, Source
 from headway.v1 import kvstore_pb2
 from headway.v1 import transfer_pb2 as pb
-from services.kvstore.link import PeerError
 from services.kvstore.node import Node
+from services.kvstore.peer_link import PeerError
 from services.kvstore.peers import Peer
 from services.kvstore.planes.contract import Checksums, Copied, Move, request_blocks
 from services.kvstore.tiering import Below

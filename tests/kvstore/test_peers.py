@@ -18,10 +18,10 @@ from headway.core.keys import block_keys
 from headway.core.records import ForgetfulRecords
 from headway.core.slots import SlotPool
 from headway.slab.host import HostSegment, slot_stride
-from services.kvstore import link
+from services.kvstore import peer_link
 from services.kvstore.config import KvStoreConfig
-from services.kvstore.link import PeerError
 from services.kvstore.memory import SlabMemory
+from services.kvstore.peer_link import PeerError
 from services.kvstore.peers import Peer
 from services.kvstore.planes.contract import Checksums, Copied, Move
 from tests.kvstore.faulty import Fault
@@ -110,7 +110,7 @@ async def test_a_pull_given_up_while_it_waits_for_a_repair_ends_and_the_repair_g
 async def test_a_broken_plane_is_tried_again_until_it_works(
     two: Pair, memory: SlabMemory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(link, "REPAIR_S", 0.1)
+    monkeypatch.setattr(peer_link, "REPAIR_S", 0.1)
     async with connected(memory, two.via, "socket", "grpc") as peer:
         await fetch(peer)
         two.data.arm(Fault.STALL, 0)

@@ -43,7 +43,7 @@ class LastFailure:
     def __init__(self) -> None:
         self._at_s, self._reason = -math.inf, ""
 
-    def now(self, reason: str) -> PeerError:
+    def record(self, reason: str) -> PeerError:
         """It failed. Returns what to raise."""
         self._at_s, self._reason = time.monotonic(), reason
         return PeerError(reason)
@@ -181,7 +181,7 @@ class Link:
         else:
             self._repair_s = REPAIR_S
         if self._best is None:
-            raise self._failure.now(f"no plane works to {self._figures.address}; tried {', '.join(wanted)}")
+            raise self._failure.record(f"no plane works to {self._figures.address}; tried {', '.join(wanted)}")
         self._chose()
 
     @property
