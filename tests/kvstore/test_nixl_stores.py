@@ -62,6 +62,23 @@ def test_an_agent_that_cannot_be_made_is_no_surprise_for_readers() -> None:
     assert line.startswith("headway-kvstore: the plane nixl cannot make an agent")
 
 
+EXITS = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+libc.on_exit(ctypes.cast(libc.abort, ctypes.c_void_p), None)
+from services.kvstore.planes.nixl_agent import check_nixl
+check_nixl("127.0.0.1")
+sys.exit(7)
+"""
+
+
+@needs_nixl
+def test_what_runs_after_python_at_exit_does_not_change_the_status() -> None:
+    """With libibverbs installed, a destructor of NIXL's libraries crashes there; `abort` stands for it elsewhere."""
+    ended = subprocess.run([sys.executable, "-c", EXITS], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 7, ended.stderr
+
+
 def check_refusal(env: dict[str, str]) -> None:
     (line,) = refusal(env)
     assert line.startswith("headway-kvstore: the plane nixl needs the package NIXL, which cannot be imported")

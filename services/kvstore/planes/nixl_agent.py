@@ -7,6 +7,8 @@ expected, and sleeps otherwise.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import gc
 import importlib
 import ipaddress
@@ -48,13 +50,26 @@ def load_nixl() -> Any:
     reason = ""
     for name in MODULES:
         try:
-            return importlib.import_module(f"{name}._api")
+            api = importlib.import_module(f"{name}._api")
+            _exit_before_destructors()
+            return api
         except ImportError as error:
             reason = reason if isinstance(error, ModuleNotFoundError) else f" ({name}: {error})"
     raise NixlError(
         f"the plane nixl needs the package NIXL, which cannot be imported{reason}: "
         "install the extra (pip install 'headway[nixl]'), or leave nixl out of the setting planes"
     )
+
+
+@functools.cache
+def _exit_before_destructors() -> None:
+    """End this process before the loader unloads its libraries, with the status that it exits with.
+
+    Python is finalized by then. NIXL's wheels bring a libnl of their own, whose destructor crashes (1.5.1) where the
+    system's is loaded as well: wherever libibverbs is installed, which is wherever there is RDMA.
+    """
+    libc = ctypes.CDLL(None)
+    libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
 
 
 def check_nixl(transfer_host: str) -> None:
