@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.policies import Arc, Belady, Fifo, Lru, S3Fifo, Sieve, TwoQueues
+from bench.evict_policies import Arc, Belady, Fifo, Lru, S3Fifo, Sieve, TwoQueues
 from bench.report import finish, mark, plot_lines, progress
 from headway.core.blocks import BlockCache
 from headway.core.evict import AgedLfu, Policy

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import evict as study
-from bench.policies import Arc, Belady, Fifo, Lru, S3Fifo, Sieve, TwoQueues
+from bench.evict_policies import Arc, Belady, Fifo, Lru, S3Fifo, Sieve, TwoQueues
 from headway.core.blocks import Block, BlockCache
 from headway.core.evict import MOST_USES, AgedLfu, Candidates, Policy, Resident
 
