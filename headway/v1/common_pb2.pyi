@@ -183,6 +183,8 @@ class Sequence(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
+    EXPECTED_TOKENS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     """Chosen by the router, unique to the request on that router (hex of 16 random bytes)."""
     attempt: _builtins.int
@@ -207,6 +209,10 @@ class Sequence(_message.Message):
     """Which of several choices of one request this is; part of the randomness."""
     more: _builtins.bool
     """Prompts over 8192 ids come in several messages of the same sequence: all but the last say so."""
+    expected_tokens: _builtins.int
+    """Tokens that the answer is likely to have; 0: not known."""
+    tenant: _builtins.str
+    """Whose turn it is among tenants that wait for the same worker; empty is a tenant like any other."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt and, in a replay, the tokens already sent to the client."""
@@ -233,10 +239,12 @@ class Sequence(_message.Message):
         priority: _builtins.int = ...,
         choice: _builtins.int = ...,
         more: _builtins.bool = ...,
+        expected_tokens: _builtins.int = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_top_logprobs", b"_top_logprobs", "deadline_s", b"deadline_s", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_top_logprobs", b"_top_logprobs", "arrival_s", b"arrival_s", "attempt", b"attempt", "block_keys", b"block_keys", "choice", b"choice", "deadline_s", b"deadline_s", "key_namespace", b"key_namespace", "max_tokens", b"max_tokens", "more", b"more", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_top_logprobs", b"_top_logprobs", "arrival_s", b"arrival_s", "attempt", b"attempt", "block_keys", b"block_keys", "choice", b"choice", "deadline_s", b"deadline_s", "expected_tokens", b"expected_tokens", "key_namespace", b"key_namespace", "max_tokens", b"max_tokens", "more", b"more", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
     _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015

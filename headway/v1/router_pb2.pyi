@@ -104,6 +104,9 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
+    REFUSE_LATE_FIELD_NUMBER: _builtins.int
+    EXPECTED_TOKENS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Empty: the one model this fleet serves."""
     text: _builtins.bytes
@@ -118,13 +121,19 @@ class GenerateRequest(_message.Message):
     deadline_s: _builtins.float
     """Seconds; a request that cannot be served by then ends with DEADLINE_EXCEEDED. The gRPC deadline counts too."""
     ttft_objective_s: _builtins.float
-    """Seconds to the first token that the client would like; placement may use it."""
+    """Seconds to the first token that the client would like. See refuse_late."""
     cache_salt: _builtins.str
     """Prompts with different salts share no cache."""
     request_id: _builtins.str
     """Unique among the requests in flight; drawn by the router when empty."""
     n: _builtins.int
     """Number of choices; default 1, at most 16."""
+    refuse_late: _builtins.bool
+    """Refuse with RESOURCE_EXHAUSTED and a retry time as soon as ttft_objective_s cannot be met; else serve late."""
+    expected_tokens: _builtins.int
+    """Tokens that the answer is likely to have; unset: what answers of the tenant had lately."""
+    tenant: _builtins.str
+    """Whose request it is: tenants share each worker fairly. At most 128 characters."""
     @_builtins.property
     def chat(self) -> Global___ChatPrompt: ...
     @_builtins.property
@@ -159,13 +168,18 @@ class GenerateRequest(_message.Message):
         request_id: _builtins.str = ...,
         n: _builtins.int | None = ...,
         placement: Global___PlacementHint | None = ...,
+        refuse_late: _builtins.bool = ...,
+        expected_tokens: _builtins.int | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_max_tokens", b"_max_tokens", "_n", b"_n", "_top_logprobs", b"_top_logprobs", "_ttft_objective_s", b"_ttft_objective_s", "chat", b"chat", "deadline_s", b"deadline_s", "max_tokens", b"max_tokens", "n", b"n", "placement", b"placement", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs", "ttft_objective_s", b"ttft_objective_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_expected_tokens", b"_expected_tokens", "_max_tokens", b"_max_tokens", "_n", b"_n", "_top_logprobs", b"_top_logprobs", "_ttft_objective_s", b"_ttft_objective_s", "chat", b"chat", "deadline_s", b"deadline_s", "expected_tokens", b"expected_tokens", "max_tokens", b"max_tokens", "n", b"n", "placement", b"placement", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs", "ttft_objective_s", b"ttft_objective_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_max_tokens", b"_max_tokens", "_n", b"_n", "_top_logprobs", b"_top_logprobs", "_ttft_objective_s", b"_ttft_objective_s", "cache_salt", b"cache_salt", "chat", b"chat", "deadline_s", b"deadline_s", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "placement", b"placement", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop_strings", b"stop_strings", "stop_token_ids", b"stop_token_ids", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs", "ttft_objective_s", b"ttft_objective_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_expected_tokens", b"_expected_tokens", "_max_tokens", b"_max_tokens", "_n", b"_n", "_top_logprobs", b"_top_logprobs", "_ttft_objective_s", b"_ttft_objective_s", "cache_salt", b"cache_salt", "chat", b"chat", "deadline_s", b"deadline_s", "expected_tokens", b"expected_tokens", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "placement", b"placement", "priority", b"priority", "prompt", b"prompt", "refuse_late", b"refuse_late", "request_id", b"request_id", "sampling", b"sampling", "stop_strings", b"stop_strings", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs", "ttft_objective_s", b"ttft_objective_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
     _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    _WhichOneofReturnType__expected_tokens: _TypeAlias = _typing.Literal["expected_tokens"]  # noqa: Y015
+    _WhichOneofArgType__expected_tokens: _TypeAlias = _typing.Literal["_expected_tokens", b"_expected_tokens"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
@@ -178,6 +192,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_tokens) -> _WhichOneofReturnType__expected_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
     @_typing.overload
@@ -446,6 +462,7 @@ class PlacementOption(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     PULL_FROM_FIELD_NUMBER: _builtins.int
     PULL_S_FIELD_NUMBER: _builtins.int
+    DELAY_S_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     decode_worker: _builtins.str
     overlap_tokens: _builtins.int
@@ -461,6 +478,8 @@ class PlacementOption(_message.Message):
     waits in the queue meanwhile.
     """
     pull_s: _builtins.float
+    delay_s: _builtins.float
+    """Seconds, in all, that it would put on those already there."""
     def __init__(
         self,
         *,
@@ -473,10 +492,11 @@ class PlacementOption(_message.Message):
         refused: _builtins.str = ...,
         pull_from: _builtins.str = ...,
         pull_s: _builtins.float = ...,
+        delay_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "cost_s", b"cost_s", "decode_worker", b"decode_worker", "overlap_tokens", b"overlap_tokens", "prefill_worker", b"prefill_worker", "pull_from", b"pull_from", "pull_s", b"pull_s", "refused", b"refused", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "cost_s", b"cost_s", "decode_worker", b"decode_worker", "delay_s", b"delay_s", "overlap_tokens", b"overlap_tokens", "prefill_worker", b"prefill_worker", "pull_from", b"pull_from", "pull_s", b"pull_s", "refused", b"refused", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -667,6 +687,8 @@ class WorkerHello(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     MAX_BATCH_FIELD_NUMBER: _builtins.int
+    CHUNK_S_FIELD_NUMBER: _builtins.int
+    SHARED_CHUNK_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     node_id: _builtins.str
     role: _common_pb2.WorkerRole.ValueType
@@ -676,6 +698,9 @@ class WorkerHello(_message.Message):
     pid: _builtins.int
     max_batch: _builtins.int
     """Sequences that may run at once."""
+    chunk_s: _builtins.float
+    """Seconds that a forward of prompts may take, and that prompts may add to a step in which others decode."""
+    shared_chunk_s: _builtins.float
     @_builtins.property
     def model(self) -> _common_pb2.ModelCard: ...
     def __init__(
@@ -689,10 +714,12 @@ class WorkerHello(_message.Message):
         model: _common_pb2.ModelCard | None = ...,
         pid: _builtins.int = ...,
         max_batch: _builtins.int = ...,
+        chunk_s: _builtins.float = ...,
+        shared_chunk_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "kvstore_address", b"kvstore_address", "max_batch", b"max_batch", "model", b"model", "node_id", b"node_id", "pid", b"pid", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "chunk_s", b"chunk_s", "kvstore_address", b"kvstore_address", "max_batch", b"max_batch", "model", b"model", "node_id", b"node_id", "pid", b"pid", "role", b"role", "shared_chunk_s", b"shared_chunk_s", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -711,6 +738,10 @@ class WorkerStatus(_message.Message):
     TOTAL_SLOTS_FIELD_NUMBER: _builtins.int
     PREFILL_COEFFICIENTS_FIELD_NUMBER: _builtins.int
     STEP_COEFFICIENTS_FIELD_NUMBER: _builtins.int
+    PREFILL_ERROR_FIELD_NUMBER: _builtins.int
+    STEP_ERROR_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """Attached to its kvstore and able to serve."""
     waiting_sequences: _builtins.int
@@ -721,12 +752,23 @@ class WorkerStatus(_message.Message):
     """Tokens of context held by running sequences."""
     free_slots: _builtins.int
     total_slots: _builtins.int
+    prefill_error: _builtins.float
+    """Mean of |predicted − taken| / taken of both, lately."""
+    step_error: _builtins.float
     @_builtins.property
     def prefill_coefficients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Predictor coefficients, seconds: prefill a + b·new + c·new·context, step a + b·batch + c·kv."""
+        """Predictor coefficients, seconds: prefill a + b·new + c·new·(cached + new/2), step a + b·batch + c·kv."""
 
     @_builtins.property
     def step_coefficients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuedPrompt]:
+        """Prompts not yet computed, in the order in which they will be, at most 64; whatever router sent them."""
+
+    @_builtins.property
+    def others(self) -> Global___BatchShare:
+        """Of the sequences that decode here, or will once their prompts are computed elsewhere, those of other routers."""
+
     def __init__(
         self,
         *,
@@ -739,14 +781,84 @@ class WorkerStatus(_message.Message):
         total_slots: _builtins.int = ...,
         prefill_coefficients: _abc.Iterable[_builtins.float] | None = ...,
         step_coefficients: _abc.Iterable[_builtins.float] | None = ...,
+        prefill_error: _builtins.float = ...,
+        step_error: _builtins.float = ...,
+        prompts: _abc.Iterable[Global___QueuedPrompt] | None = ...,
+        others: Global___BatchShare | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["others", b"others"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_slots", b"free_slots", "kv_tokens", b"kv_tokens", "prefill_coefficients", b"prefill_coefficients", "ready", b"ready", "running_sequences", b"running_sequences", "step_coefficients", b"step_coefficients", "total_slots", b"total_slots", "waiting_sequences", b"waiting_sequences", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_slots", b"free_slots", "kv_tokens", b"kv_tokens", "others", b"others", "prefill_coefficients", b"prefill_coefficients", "prefill_error", b"prefill_error", "prompts", b"prompts", "ready", b"ready", "running_sequences", b"running_sequences", "step_coefficients", b"step_coefficients", "step_error", b"step_error", "total_slots", b"total_slots", "waiting_sequences", b"waiting_sequences", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class QueuedPrompt(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    REMAINING_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ARRIVAL_S_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.str
+    remaining_tokens: _builtins.int
+    """What is left to compute, after so many tokens that are computed or cached."""
+    computed_tokens: _builtins.int
+    arrival_s: _builtins.float
+    priority: _builtins.int
+    running: _builtins.bool
+    """The forward that runs now has a chunk of it."""
+    started: _builtins.bool
+    """Some of it was computed here: before that, what is fetched or computed for a sibling is not counted."""
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.str = ...,
+        remaining_tokens: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+        arrival_s: _builtins.float = ...,
+        priority: _builtins.int = ...,
+        running: _builtins.bool = ...,
+        started: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_s", b"arrival_s", "computed_tokens", b"computed_tokens", "priority", b"priority", "remaining_tokens", b"remaining_tokens", "running", b"running", "sequence_id", b"sequence_id", "started", b"started"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueuedPrompt: _TypeAlias = QueuedPrompt  # noqa: Y015
+
+@_typing.final
+class BatchShare(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    GROWTH_TOKENS_FIELD_NUMBER: _builtins.int
+    sequences: _builtins.int
+    kv_tokens: _builtins.int
+    growth_tokens: _builtins.int
+    """That their answers are expected to add."""
+    def __init__(
+        self,
+        *,
+        sequences: _builtins.int = ...,
+        kv_tokens: _builtins.int = ...,
+        growth_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["growth_tokens", b"growth_tokens", "kv_tokens", b"kv_tokens", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchShare: _TypeAlias = BatchShare  # noqa: Y015
 
 @_typing.final
 class AnnounceResponse(_message.Message):
