@@ -6,264 +6,166 @@ a prefix that another node has. A decode worker on another node than prefill get
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+import math
+from collections.abc import Hashable, Sequence
 
-from headway.core.predict import Predictor
+from headway.core.ask import Ask, Option, Refusal, Why
+from headway.core.backlog import Prompt
+from headway.core.decode import DecodeChoice
+from headway.core.filters import Rules, meant, partner
+from headway.core.index import PrefixIndex
+from headway.core.load import Role, WorkerLoad
+from headway.core.policy import Candidate, Planner, Policy, Way, ttft_s
+from headway.core.promises import Promises
+from headway.core.reserve import Reservation
 
-
-class Role(enum.Enum):
-    PREFILL = "prefill"
-    DECODE = "decode"
-    MIXED = "mixed"
-
-
-class Why(enum.Enum):
-    """Kinds of refusal: not there, or there but not for this request, now full, or too small for ever."""
-
-    AWAY = "away"
-    UNFIT = "unfit"
-    BUSY = "busy"
-    SMALL = "small"
+APART = Refusal(Why.UNFIT, "the request forces prefill and decode apart")
 
 
-class Refusal(NamedTuple):
-    why: Why
-    sentence: str
+class Placer:
+    """What one router knows and how it decides. Times are of one clock, which the caller reads (`now_s`).
 
-
-@dataclass(slots=True)
-class WorkerLoad:
-    """A worker as its last status described it, corrected by what this router sent it and got back since then.
-
-    `queued_*`: prompts not yet computed; `running`, `kv_tokens`: sequences that decode, and the context they hold.
+    Reservations keep the loads true between two words of the workers.
     """
 
-    worker_id: str
-    node: str
-    role: Role
-    max_batch: int = 64
-    ready: bool = False
-    draining: bool = False
-    queued_sequences: int = 0
-    queued_tokens: int = 0
-    running: int = 0
-    kv_tokens: int = 0
-    free_slots: int = 0
-    total_slots: int = 0
-    predictor: Predictor = field(default_factory=Predictor)
-    # Sequences ever sent there: among equals, the one that got least.
-    sent: int = 0
+    def __init__(self, rules: Rules, policy: Policy, planner: Planner, index: PrefixIndex) -> None:
+        self.rules = rules
+        self.loads: dict[str, WorkerLoad] = {}
+        self.index = index
+        self.promises = Promises()
+        self.planner = planner
+        self.policy = policy
+        self._decode = DecodeChoice(planner.links, planner.token_bytes, rules.block_size)
 
-    @property
-    def wait_s(self) -> float:
-        return self.predictor.queue_s(self.queued_sequences, max(0, self.queued_tokens))
+    def add(self, load: WorkerLoad) -> None:
+        """A worker came; it shares the memory of its node with those that are there."""
+        for other in self.loads.values():
+            if other.node == load.node:
+                load.memory = other.memory
+        self.loads[load.worker_id] = load
 
-    @property
-    def step_s(self) -> float:
-        """Of the batch with one more sequence."""
-        return self.predictor.step_s(max(0, self.running) + 1, max(0, self.kv_tokens))
+    def remove(self, load: WorkerLoad) -> None:
+        """The worker is gone; one that has taken its place stays."""
+        load.leave_memory()
+        if self.loads.get(load.worker_id) is load:
+            del self.loads[load.worker_id]
 
+    def overlaps(self, keys: Sequence[bytes]) -> tuple[dict[str, int], dict[str, tuple[int, float]]]:
+        """For Ask.resident and Ask.promised of this chain."""
+        block = self.rules.block_size
+        return self.index.overlap(keys, block), self.promises.overlap(keys, block)
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What is to be placed. `overlap`: node → tokens of the prompt that it is believed to hold.
+    def place(self, ask: Ask, now_s: float) -> Option | None:
+        """The best option; None when nobody can take it now (`options` says why)."""
+        candidates, decodes = self._candidates(ask)
+        if not candidates:
+            return None
+        way = self.policy.pick(ask, candidates, now_s)
+        if not self._keeps_pace(ask, way.load):
+            # Looked at so late because it is dear, and seldom needed.
+            candidates = [candidate for candidate in candidates if self._keeps_pace(ask, candidate[0])]
+            if not candidates:
+                return None
+            way = self.policy.pick(ask, candidates, now_s)
+        if self.rules.unkept(ask, way, now_s):
+            # What is best for all is too late for this one, or makes another late; what is next may not.
+            ways = sorted((self._best_way(ask, candidate, now_s) for candidate in candidates), key=ttft_s)
+            kept = next((way for way in ways if not self.rules.unkept(ask, way, now_s)), None)
+            if kept is None:
+                return None
+            way = kept
+        return self._option(ask, way, decodes, now_s)
 
-    `max_tokens` is prompt plus the longest answer. Hints name workers; `excluded` ones are avoided.
-    """
+    def options(self, ask: Ask, now_s: float) -> list[Option]:
+        """Every option with its cost, best first, refused ones last."""
+        picked = self.place(ask, now_s)
+        decodes = [load for load in self.rules.able(ask, self.loads.values()) if partner(ask, load)]
+        found: list[Option] = []
+        for load in self.loads.values():
+            if meant(ask, load):
+                candidate = (load, ask.own_tokens(load.worker_id, load.node))
+                way = self._best_way(ask, candidate, now_s)
+                refused = self._refused(ask, candidate, decodes) or self.rules.unkept(ask, way, now_s)
+                # Who would go on is looked for only where anybody has to: refusals must be cheap.
+                option = self._option(ask, way, [] if refused else decodes, now_s)
+                found.append(option._replace(refused=refused))
+        first = (picked.prefill_worker, picked.decode_worker) if picked else None
+        found.sort(key=lambda o: (bool(o.refused), (o.prefill_worker, o.decode_worker) != first, o.cost_s))
+        return found
 
-    prompt_tokens: int
-    max_tokens: int
-    block_size: int
-    overlap: Mapping[str, int]
-    local_prefill_tokens: int
-    max_queued: int
-    prefill_worker: str = ""
-    decode_worker: str = ""
-    force_apart: bool = False
-    excluded: frozenset[str] = frozenset()
-    pull_latency_s: float = 0.0
-    # Between nodes, for the KV of one token.
-    pull_token_s: float = 0.0
+    def reserve(self, name: Hashable, ask: Ask, option: Option, now_s: float) -> Reservation:
+        """The request goes where `option` says; what this costs its workers counts from now on."""
+        worker, decode = self.loads[option.worker], self.loads[option.decode_worker]
+        new = ask.prompt_tokens - option.overlap_tokens
+        due_s = math.inf if ask.objective_s is None else ask.objective_s
+        worker.backlog.add(Prompt(name, option.key, option.compute_s, new, due_s), now_s)
+        worker.sent += 1
+        pulled = option.overlap_tokens // self.rules.block_size if option.pull_from is not None else 0
+        self.promises.add(name, worker.worker_id, ask.keys, now_s + option.ttft_s, pulled)
+        if option.pull_from is not None:
+            own = ask.own_tokens(worker.worker_id, worker.node)
+            size = (option.overlap_tokens - own) * self.planner.token_bytes
+            self.planner.links.between(option.pull_from, worker.node).start(size, now_s)
+        decode.sent += decode is not worker
+        return Reservation(name, ask, worker, decode, self.promises)
 
-    def pull_s(self, tokens: int) -> float:
-        """To fetch the KV of `tokens` tokens from another node."""
-        return self.pull_latency_s + tokens * self.pull_token_s if tokens > 0 else 0.0
+    def _candidates(self, ask: Ask) -> tuple[list[Candidate], list[WorkerLoad]]:
+        """Who may compute the prompt now (decode workers only if `_keeps_pace`), and who may go on with it."""
+        able = self.rules.able(ask, self.loads.values())
+        prefill, decode = Role.PREFILL, Role.DECODE
+        decodes = [load for load in able if load.role is not prefill]
+        if ask.decode_worker:
+            decodes = [load for load in decodes if load.worker_id == ask.decode_worker]
+        computing = [load for load in able if meant(ask, load)] if ask.hinted else able
+        if not decodes:
+            # Without a partner a prefill worker is of no use.
+            return [], decodes
+        if ask.force_apart:
+            computing = [load for load in computing if load.role is prefill]
+        known = ask.known()
+        owned = [(load, known.get(load.node, 0)) for load in computing]
+        if ask.promised:
+            owned = [(load, ask.own_tokens(load.worker_id, load.node)) for load, _ in owned]
+        missing = ask.prompt_tokens - self.rules.local_prefill_tokens
+        found = [pair for pair in owned if pair[1] >= missing or pair[0].role is not decode]
+        if len(found) < len(owned) and not self._any_prefill(ask):
+            return owned, decodes
+        return found, decodes
 
-    @property
-    def slots(self) -> int:
-        """That the longest answer takes."""
-        return -(-self.max_tokens // self.block_size)
+    def _keeps_pace(self, ask: Ask, load: WorkerLoad) -> bool:
+        """Whether nobody's tokens come too late if it computes the prompt."""
+        if load.role is not Role.DECODE or not load.running or not self._any_prefill(ask):
+            return True
+        return self.rules.keeps_pace(ask, load, ask.own_tokens(load.worker_id, load.node))
 
-    @property
-    def least_slots(self) -> int:
-        """Without which not even one token can be drawn."""
-        return self.prompt_tokens // self.block_size + 1
+    def _refused(self, ask: Ask, candidate: Candidate, decodes: Sequence[WorkerLoad]) -> Refusal | None:
+        """Why it is none of the candidates; None when it is one."""
+        load, own = candidate
+        if refused := self.rules.refused(ask, load):
+            return refused
+        if load.role is Role.PREFILL:
+            return None if decodes else self.rules.no_partner(ask, self.loads.values())
+        if ask.force_apart:
+            return APART
+        if load.role is Role.MIXED or not self._any_prefill(ask):
+            return None
+        return self.rules.unfit(ask, load, own)
 
+    def _any_prefill(self, ask: Ask) -> bool:
+        return any(load.role is Role.PREFILL and not self.rules.away(ask, load) for load in self.loads.values())
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """`prefill_worker` is None where the decode worker prefills by itself; `refused` is None where it can."""
+    def _best_way(self, ask: Ask, candidate: Candidate, now_s: float) -> Way:
+        return self.planner.best(ask, candidate, *self.planner.sources(ask), now_s)
 
-    prefill_worker: str | None
-    decode_worker: str
-    overlap_tokens: int = 0
-    wait_s: float = 0.0
-    compute_s: float = 0.0
-    refused: Refusal | None = None
-    # The node that part of `overlap_tokens` is fetched from, while the prompt queues.
-    pull_from: str | None = None
-    pull_s: float = 0.0
-
-    @property
-    def cost_s(self) -> float:
-        """Predicted seconds to the first token."""
-        return max(self.wait_s, self.pull_s) + self.compute_s
-
-
-# Of a handoff between nodes, on its way when prefill ends (the last chunk); and tokens of an answer by which decode
-# workers are compared.
-LATE_TOKENS = 512
-START_TOKENS = 64
-
-_Key = tuple[bool, float, bool, int, int]
-
-
-def place(ask: Ask, workers: Sequence[WorkerLoad]) -> list[Option]:
-    """Every option, best first, refused ones last. ValueError (a sentence) when a hint cannot be followed."""
-    _check_hints(ask, workers)
-    prefills = [worker for worker in workers if worker.role is Role.PREFILL]
-    decodes = [worker for worker in workers if worker.role is not Role.PREFILL]
-    alone = all(_away(ask, worker) for worker in prefills)
-    scored: list[tuple[_Key, Option]] = []
-    for prefill in prefills:
-        if ask.prefill_worker in ("", prefill.worker_id):
-            scored.append(_apart(ask, prefill, decodes))
-    for decode in decodes:
-        if not ask.prefill_worker and ask.decode_worker in ("", decode.worker_id):
-            scored.append(_by_itself(ask, decode, alone=alone))
-    scored.sort(key=lambda item: item[0])
-    return [option for _, option in scored]
-
-
-def _check_hints(ask: Ask, workers: Sequence[WorkerLoad]) -> None:
-    hints = (
-        ("prefill_worker", ask.prefill_worker, (Role.PREFILL,)),
-        ("decode_worker", ask.decode_worker, (Role.DECODE, Role.MIXED)),
-    )
-    for name, hint, roles in hints:
-        fitting = sorted(worker.worker_id for worker in workers if worker.role in roles)
-        if hint and hint not in fitting:
-            known = ", ".join(fitting) or "none"
-            raise ValueError(f"placement.{name} is {hint!r}, which this fleet does not have; it has {known}")
-
-
-def _apart(ask: Ask, prefill: WorkerLoad, decodes: Sequence[WorkerLoad]) -> tuple[_Key, Option]:
-    """Prefill here, decode where the answer's start is soonest."""
-    usable = [worker for worker in decodes if not _decode_refused(ask, worker)]
-    # A mixed worker prefills all by itself; it joins others' leases only where nobody else can.
-    usable = [worker for worker in usable if worker.role is Role.DECODE] or usable
-    refused = _refused(ask, prefill)
-    if not refused and not usable:
-        refused = _no_partner(ask, decodes)
-    here = prefill.node
-    decode = min(usable, key=lambda worker: _decode_key(ask, worker, here)).worker_id if usable else ask.decode_worker
-    option = _best_prefix(ask, prefill, Option(prefill.worker_id, decode, refused=refused))
-    return _key(ask, prefill, option), option
-
-
-def _best_prefix(ask: Ask, worker: WorkerLoad, option: Option) -> Option:
-    """With times: with what this node has of the prefix, or with what it can fetch, whichever is sooner."""
-
-    def timed(overlap: int, pull_from: str | None, pull_s: float) -> Option:
-        compute_s = worker.predictor.prefill_s(ask.prompt_tokens - overlap, overlap)
-        return replace(
-            option,
-            overlap_tokens=overlap,
-            wait_s=worker.wait_s,
-            compute_s=compute_s,
-            pull_from=pull_from,
-            pull_s=pull_s,
-        )
-
-    def usable(tokens: int) -> int:
-        return min(tokens, ask.prompt_tokens - 1)
-
-    own = usable(ask.overlap.get(worker.node, 0))
-    options = [timed(own, None, 0.0)]
-    others = [(usable(tokens), node) for node, tokens in ask.overlap.items() if node != worker.node]
-    tokens, node = max(others, default=(0, ""))
-    if tokens > own:
-        options.append(timed(tokens, node, ask.pull_s(tokens - own)))
-    return min(options, key=lambda timed: timed.cost_s)
-
-
-def _no_partner(ask: Ask, partners: Iterable[WorkerLoad]) -> Refusal:
-    reasons = [(worker.worker_id, refusal) for worker in partners if (refusal := _decode_refused(ask, worker))]
-    if not reasons:
-        return Refusal(Why.AWAY, "there is no decode worker")
-    kinds = {refusal.why for _, refusal in reasons}
-    sentences = "; ".join(f"{worker_id}: {refusal.sentence}" for worker_id, refusal in reasons)
-    return Refusal(min(kinds, key=list(Why).index), f"no decode worker can take it ({sentences})")
-
-
-def _by_itself(ask: Ask, decode: WorkerLoad, *, alone: bool) -> tuple[_Key, Option]:
-    """The decode worker computes what is missing; each of its chunks shares a step with the running batch."""
-    option = _best_prefix(ask, decode, Option(None, decode.worker_id))
-    missing = ask.prompt_tokens - option.overlap_tokens
-    refused = _refused(ask, decode)
-    if not refused and ask.force_apart:
-        refused = Refusal(Why.UNFIT, "the request forces prefill and decode apart")
-    elif not refused and decode.role is Role.DECODE and not alone and missing > ask.local_prefill_tokens:
-        sentence = f"{missing} tokens are left to compute, and it computes at most {ask.local_prefill_tokens} itself"
-        refused = Refusal(Why.UNFIT, sentence)
-    step_s = decode.step_s if decode.running > 0 else 0.0
-    option = replace(option, compute_s=option.compute_s + step_s, refused=refused)
-    return _key(ask, decode, option), option
-
-
-def _away(ask: Ask, worker: WorkerLoad) -> Refusal | None:
-    """Why this worker is not there for the request at all; None when it is."""
-    if not worker.ready:
-        return Refusal(Why.AWAY, "not ready")
-    if worker.draining:
-        return Refusal(Why.AWAY, "draining")
-    if worker.worker_id in ask.excluded:
-        return Refusal(Why.AWAY, "failed this request before")
-    return None
-
-
-def _refused(ask: Ask, worker: WorkerLoad) -> Refusal | None:
-    """Why this worker cannot take the request now; None when it can."""
-    if away := _away(ask, worker):
-        return away
-    if worker.total_slots < ask.least_slots:
-        sentence = f"the prompt needs {ask.least_slots} slots, its node has {worker.total_slots}"
-        return Refusal(Why.SMALL, sentence)
-    if worker.queued_sequences >= ask.max_queued:
-        return Refusal(Why.BUSY, f"its queue is full ({worker.queued_sequences} waiting)")
-    return None
-
-
-def _decode_refused(ask: Ask, worker: WorkerLoad) -> Refusal | None:
-    if ask.decode_worker not in ("", worker.worker_id):
-        return Refusal(Why.UNFIT, "the request names another")
-    return _refused(ask, worker)
-
-
-def _decode_key(ask: Ask, worker: WorkerLoad, prefill_node: str) -> tuple[bool, float, int, int]:
-    """A full batch last, then the sooner its first tokens are drawn, then who has least.
-
-    The handoff to another node moves the prompt's KV while it is computed; what is still on its way at the end counts.
-    """
-    handoff_s = 0.0 if worker.node == prefill_node else ask.pull_s(min(ask.prompt_tokens, LATE_TOKENS))
-    start_s = handoff_s + worker.step_s * min(START_TOKENS, max(1, ask.max_tokens - ask.prompt_tokens))
-    return (worker.running >= worker.max_batch, start_s, worker.running + worker.queued_sequences, worker.sent)
-
-
-def _key(ask: Ask, worker: WorkerLoad, option: Option) -> _Key:
-    """Free slots only break ties: cached blocks are not free, yet make room when asked."""
-    short = worker.free_slots < ask.slots - option.overlap_tokens // ask.block_size
-    return (bool(option.refused), option.cost_s, short, worker.queued_tokens, worker.sent)
+    def _option(self, ask: Ask, way: Way, decodes: Sequence[WorkerLoad], now_s: float) -> Option:
+        load = way.load
+        prefill: str | None = None
+        decode = load.worker_id
+        if load.role is Role.PREFILL:
+            prefill, decode = load.worker_id, ask.decode_worker
+            if decodes:
+                decode = self._decode.pick(ask, decodes, load.node, now_s).worker_id
+        return Option(
+            prefill, decode, way.overlap, way.key, way.wait_s, way.compute_s, way.pull_from, way.pull_s, way.delay_s,
+            way.cost_s,
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,11 @@ NOTHING: Coefficients = (0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """All results are seconds: prefill a + b·new + c·new·(cached + new/2), step a + b·batch + c·kv tokens."""
+    """All results are seconds: prefill a + b·new + c·new·(cached + new/2), step a + b·batch + c·kv tokens.
+
+    The prefill formula is that of DistServe (Zhong et al., OSDI 2024) with a cached prefix; apart from a, the chunks of
+    a prompt add up to the whole.
+    """
 
     prefill: Coefficients = NOTHING
     step: Coefficients = NOTHING
@@ -21,9 +26,17 @@ class Predictor:
         a, b, c = self.prefill
         return a + b * new + c * new * (cached + new / 2) if new > 0 else 0.0
 
-    def queue_s(self, sequences: int, tokens: int) -> float:
-        """To compute `tokens` waiting tokens of `sequences` prompts, taken as equally long."""
-        return sequences * self.prefill_s(tokens // sequences, 0) if sequences > 0 else 0.0
+    def tokens_within(self, seconds: float, cached: int) -> float:
+        """The most tokens after `cached` ones that are computed in `seconds`: prefill_s solved for `new`."""
+        a, b, c = self.prefill
+        left = seconds - a
+        slope = b + c * cached
+        if left <= 0:
+            return 0.0
+        if left == math.inf or (slope <= 0 and c <= 0):
+            return math.inf
+        # 2·left / (slope + √(slope² + 2·c·left)) is the root that stays exact where c is tiny.
+        return 2 * left / (slope + math.sqrt(slope * slope + 2 * c * left))
 
     def step_s(self, batch: int, kv_tokens: int) -> float:
         """One decode step of `batch` sequences that hold `kv_tokens` tokens of context together."""
@@ -31,17 +44,7 @@ class Predictor:
         return a + b * batch + c * kv_tokens
 
 
-def fastest(predictors: Sequence[Predictor]) -> Predictor:
-    """What equal workers can be trusted to do: the best that any of them measured, for prefill and for steps.
-
-    A worker that has not measured yet, or only its cold start, would otherwise never get work and so never learn.
-    """
-    prefill = min(predictors, key=lambda predictor: predictor.prefill_s(1024, 0)).prefill
-    step = min(predictors, key=lambda predictor: predictor.step_s(1, 1024)).step
-    return Predictor(prefill, step)
-
-
 def coefficients(values: Sequence[float]) -> Coefficients:
-    """Three reported numbers; what is missing or negative counts as 0."""
-    a, b, c = (max(0.0, value) for value in (*values, 0.0, 0.0, 0.0)[:3])
+    """Three reported numbers; what is missing, negative or not finite counts as 0."""
+    a, b, c = (value if 0 < value < math.inf else 0.0 for value in (*values, 0.0, 0.0, 0.0)[:3])
     return (a, b, c)

@@ -40,6 +40,9 @@ class Sequence:
     top_logprobs: int | None = None
     priority: int = 0
     choice: int = 0
+    tenant: str = ""
+    # Of the answer, as far as the router can tell; 0: not known.
+    expected_tokens: int = 0
     # Seconds from its receipt here after which it ends by itself; None for never.
     deadline_s: float | None = None
     computed: int = 0

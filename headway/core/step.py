@@ -1,16 +1,39 @@
-"""What the next forward computes: all decoding sequences, then prompts in chunks, shortest first, within a budget."""
+"""What the next forward computes: all decoding sequences, then prompts in chunks, in their order, within a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Generic, Protocol, TypeVar
 
-from headway.core.order import order_key
+from headway.core.order import Key, Order
 from headway.core.predict import Predictor
-from headway.core.sequence import Sequence
 
 # A block: less would only cost forwards.
 LEAST_CHUNK = 16
+NO_DEBTS: Mapping[str, float] = MappingProxyType({})
+
+
+class Runnable(Protocol):
+    """A sequence that holds slots for what it has to compute. `pending` tokens follow the `computed` ones."""
+
+    @property
+    def arrival_s(self) -> float: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def computed(self) -> int: ...
+    @property
+    def pending(self) -> int: ...
+    @property
+    def decoding(self) -> bool: ...
+
+
+S = TypeVar("S", bound=Runnable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +41,7 @@ class StepLimits:
     """batch: sequences a forward. chunk_tokens: prompt tokens a forward, at most.
 
     chunk_s: seconds that a forward of prompts may take, because a short prompt that arrives meanwhile waits for it;
-    shared_chunk_s: the same while others decode, because their next token waits for it.
+    shared_chunk_s: what prompts may add to a forward in which others decode, because their next token waits for it.
     """
 
     batch: int = 64
@@ -26,40 +49,64 @@ class StepLimits:
     chunk_s: float = 0.5
     shared_chunk_s: float = 0.1
 
-    def budget(self, token_s: float, *, shared: bool) -> int:
-        """Prompt tokens of the next forward, when each takes `token_s` seconds."""
-        seconds = self.shared_chunk_s if shared else self.chunk_s
-        tokens = seconds / token_s if token_s > 0 else self.chunk_tokens
-        return min(self.chunk_tokens, max(LEAST_CHUNK, int(tokens)))
-
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Work(Generic[S]):
     """Compute tokens [start, start + count) of `sequence`; `draws` when they are its last ones."""
 
-    sequence: Sequence
+    sequence: S
     start: int
     count: int
-
-    @property
-    def draws(self) -> bool:
-        return self.start + self.count == len(self.sequence.tokens)
+    draws: bool
 
 
-def plan_step(ready: Iterable[Sequence], limits: StepLimits, predictor: Predictor) -> list[Work]:
-    """Pick the next forward's work from the sequences that hold slots for it."""
-    decoding: list[Sequence] = []
-    prompts: list[Sequence] = []
+def plan_step(
+    ready: Iterable[S], limits: StepLimits, predictor: Predictor, order: Order, debts: Mapping[str, float] = NO_DEBTS
+) -> list[Work[S]]:
+    """Pick the next forward's work; `debts` are those of tenants (core.fair).
+
+    A prompt shares a forward with those before it where what that saves (the forward's fixed cost, for it and for all
+    behind it) is worth more than what it costs: those before it wait for its tokens.
+    """
+    decoding: list[S] = []
+    prompts: list[S] = []
     for sequence in ready:
         (decoding if sequence.decoding else prompts).append(sequence)
-    work = [Work(sequence, sequence.computed, 1) for sequence in decoding[: limits.batch]]
-    budget = limits.budget(predictor.prefill[1], shared=bool(work))
+    work = [Work(sequence, sequence.computed, 1, True) for sequence in decoding[: limits.batch]]
+    if not prompts:
+        return work
+    fixed_s = predictor.prefill[0]
+    left_s = limits.chunk_s + fixed_s
+    if work:
+        fixed_s += predictor.step_s(len(work), sum(sequence.computed for sequence in decoding))
+        left_s = limits.shared_chunk_s + predictor.prefill[0]
     if len(prompts) > 1:
-        prompts.sort(key=lambda s: order_key(predictor.prefill_s(s.pending, s.computed), s.arrival_s, s.priority))
-    for sequence in prompts:
-        if budget <= 0 or len(work) >= limits.batch:
+        prompts.sort(key=lambda prompt: prompt_key(prompt, predictor, order, debts))
+    left = limits.chunk_tokens
+    ending = 0
+    for at, sequence in enumerate(prompts[: limits.batch - len(work)]):
+        count = _chunk(sequence, left, predictor.tokens_within(left_s, sequence.computed), first=at == 0)
+        chunk_s = predictor.prefill_s(count, sequence.computed) - predictor.prefill[0]
+        if count <= 0 or chunk_s * ending > fixed_s * (len(prompts) - at):
             break
-        count = min(sequence.pending, budget)
-        budget -= count
-        work.append(Work(sequence, sequence.computed, count))
+        draws = count == sequence.pending
+        work.append(Work(sequence, sequence.computed, count, draws))
+        ending += draws
+        left -= count
+        left_s -= chunk_s
     return work
+
+
+def _chunk(sequence: Runnable, left: int, within: float, *, first: bool) -> int:
+    """Tokens of its next chunk; the first in a forward gets at least a block, or it might never move."""
+    if first:
+        within = max(within, LEAST_CHUNK)
+    most = min(sequence.pending, left)
+    return most if within == math.inf else min(most, int(within))
+
+
+def prompt_key(prompt: Runnable, predictor: Predictor, order: Order, debts: Mapping[str, float] = NO_DEBTS) -> Key:
+    """Its place among the waiting: smallest first."""
+    remaining_s = predictor.prefill_s(prompt.pending, prompt.computed)
+    debt_s = debts.get(prompt.tenant, 0.0)
+    return order.key(remaining_s, prompt.pending, prompt.arrival_s, prompt.priority, debt_s)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headway.core.order import order_key
+from headway.core.order import Order, Rule
 from headway.core.predict import Predictor
 from headway.core.sampling import Sampling
 from headway.core.sequence import Finish, Sequence
-from headway.core.step import StepLimits, plan_step
+from headway.core.step import StepLimits, Work, plan_step
 
 
 def sequence(
@@ -35,6 +35,9 @@ def sequence(
 
 
 PREDICTOR = Predictor((0.0, 0.01, 0.0))
+# Each forward costs half a second before its first token.
+FIXED = Predictor((0.5, 0.01, 0.0), (0.02, 0.0, 0.0))
+Plan = list[Work[Sequence]]
 
 
 def limits(batch: int, tokens: int = 8192, shared_tokens: int = 64) -> StepLimits:
@@ -42,53 +45,112 @@ def limits(batch: int, tokens: int = 8192, shared_tokens: int = 64) -> StepLimit
     return StepLimits(batch, tokens, 1e6, shared_tokens * 0.01 + 1e-6)
 
 
+def plan(ready: list[Sequence], limits: StepLimits, predictor: Predictor = PREDICTOR, ageing: float = 0.1) -> Plan:
+    return plan_step(ready, limits, predictor, Order(ageing=ageing))
+
+
 def test_the_budget_of_a_forward_is_one_of_time() -> None:
-    assert StepLimits(8, 8192, 0.5, 0.1).budget(0.001, shared=False) == 500
-    assert StepLimits(8, 8192, 0.5, 0.1).budget(0.001, shared=True) == 100
-    assert StepLimits(8, 8192, 0.5, 0.1).budget(1.0, shared=True) == 16
-    assert StepLimits(8, 128, 0.5, 0.1).budget(0.0, shared=False) == 128
+    def tokens(limits: StepLimits, predictor: Predictor, *others: Sequence) -> int:
+        return plan([sequence(10_000), *others], limits, predictor)[-1].count
+
+    decoding = sequence(8, computed=8, outputs=1)
+    fast = Predictor((0.0, 0.001, 0.0))
+    assert tokens(StepLimits(8, 8192, 0.5, 0.1), fast) == 500
+    assert tokens(StepLimits(8, 8192, 0.5, 0.1), fast, decoding) == 100
+    assert tokens(StepLimits(8, 8192, 0.5, 0.1), Predictor((0.0, 1.0, 0.0)), decoding) == 16
+    assert tokens(StepLimits(8, 128, 0.5, 0.1), Predictor()) == 128
+    # The forward's own cost is not the chunk's; attention makes later tokens dearer.
+    assert tokens(StepLimits(8, 8192, 0.5, 0.1), Predictor((9.0, 0.001, 0.0))) == 500
+    assert tokens(StepLimits(8, 8192, 0.5, 0.1), Predictor((0.0, 0.0, 1e-5))) == 316
 
 
 def test_decoding_goes_before_prompts_and_shrinks_their_budget() -> None:
     decoding, prompt = sequence(8, computed=8, outputs=1), sequence(100)
-    work = plan_step([prompt, decoding], limits(8, 64, 16), PREDICTOR)
+    work = plan([prompt, decoding], limits(8, 64, 16))
     assert [(item.sequence, item.start, item.count) for item in work] == [(decoding, 8, 1), (prompt, 0, 16)]
     assert work[0].draws
     assert not work[1].draws
 
 
-def test_short_prompts_are_packed_before_a_long_one_that_came_first() -> None:
+def test_a_short_prompt_goes_alone_where_company_would_only_delay_it() -> None:
     long, short, shorter = sequence(500), sequence(20, arrival_s=0.1), sequence(10, arrival_s=0.2)
-    work = plan_step([long, short, shorter], limits(8, 64, 16), PREDICTOR)
-    assert [(item.sequence, item.count) for item in work] == [(shorter, 10), (short, 20), (long, 34)]
+    assert [(item.sequence, item.count) for item in plan([long, short, shorter], limits(8, 64))] == [(shorter, 10)]
 
 
-def test_nothing_that_arrives_more_than_four_times_the_work_later_goes_first() -> None:
+def test_prompts_share_a_forward_where_its_fixed_cost_outweighs_the_delay() -> None:
+    long, short, shorter = sequence(500), sequence(20, arrival_s=0.1), sequence(10, arrival_s=0.2)
+    work = plan([long, short, shorter], limits(8), FIXED)
+    assert [(item.sequence, item.count) for item in work] == [(shorter, 10), (short, 20)]
+
+
+def test_prompts_that_cost_nothing_share_a_forward() -> None:
+    work = plan([sequence(30), sequence(20), sequence(10)], limits(8), Predictor())
+    assert [item.count for item in work] == [30, 20, 10]
+
+
+def test_nothing_that_arrives_more_than_the_ageing_allows_later_goes_first() -> None:
     long = sequence(100, arrival_s=0.0)
     just_before, just_after = sequence(1, arrival_s=3.9), sequence(1, arrival_s=4.1)
-    assert plan_step([long, just_before], limits(1), PREDICTOR)[0].sequence is just_before
-    assert plan_step([long, just_after], limits(1), PREDICTOR)[0].sequence is long
+    assert plan([long, just_before], limits(1), ageing=0.25)[0].sequence is just_before
+    assert plan([long, just_after], limits(1), ageing=0.25)[0].sequence is long
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.floats(0, 1000)), min_size=2, max_size=20),
+    st.sampled_from([0.05, 0.1, 0.25, 1.0]),
+)
+def test_nothing_overtakes_beyond_the_ageing_bound(shapes: list[tuple[int, float]], ageing: float) -> None:
+    ready = [sequence(tokens, arrival_s=arrival_s) for tokens, arrival_s in shapes]
+    first = plan(ready, limits(1), ageing=ageing)[0].sequence
+    for other in ready:
+        remaining_s = PREDICTOR.prefill_s(other.pending, other.computed)
+        assert first.arrival_s <= other.arrival_s + remaining_s / ageing + 1e-6
 
 
 def test_priority_beats_length() -> None:
     urgent, short = sequence(100, priority=1), sequence(2)
-    assert plan_step([short, urgent], limits(1), PREDICTOR)[0].sequence is urgent
+    assert plan([short, urgent], limits(1))[0].sequence is urgent
 
 
-@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 1)), max_size=12), st.integers(1, 8), st.integers(1, 64))
-def test_plans_stay_within_their_limits(shapes: list[tuple[int, int]], batch: int, budget: int) -> None:
+def test_arrival_and_wspt_are_orders_too() -> None:
+    early, short = sequence(100, arrival_s=1.0), sequence(10, arrival_s=2.0)
+    weighty = sequence(18, arrival_s=3.0, priority=1)
+    ready = [weighty, short, early]
+    by_arrival = plan_step([short, early], limits(1), PREDICTOR, Order(Rule.ARRIVAL))
+    assert by_arrival[0].sequence is early
+    assert plan_step(ready, limits(1), PREDICTOR, Order(Rule.WSPT))[0].sequence is weighty
+
+
+def test_a_tenant_in_debt_waits_for_the_others() -> None:
+    flood, other = sequence(1), sequence(100)
+    flood.tenant, other.tenant = "flood", "other"
+    work = plan_step([flood, other], limits(1), PREDICTOR, Order(), {"flood": 2.0, "other": 0.0})
+    assert work[0].sequence is other
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 1)), max_size=12),
+    st.integers(1, 8),
+    st.integers(1, 64),
+    st.sampled_from([PREDICTOR, FIXED, Predictor()]),
+)
+def test_plans_stay_within_their_limits(
+    shapes: list[tuple[int, int]], batch: int, budget: int, predictor: Predictor
+) -> None:
     ready = [sequence(n, computed=n if out else 0, outputs=out) for n, out in shapes]
-    work = plan_step(ready, limits(batch, budget), PREDICTOR)
+    work = plan(ready, limits(batch, budget), predictor)
     assert len(work) <= batch
     assert len({item.sequence for item in work}) == len(work)
     prompts = [item for item in work if not item.sequence.decoding]
     assert sum(item.count for item in prompts) <= budget
     assert all(0 < item.count <= item.sequence.pending for item in work)
+    assert all(item.draws == (item.count == item.sequence.pending) for item in work)
     assert bool(work) == bool(ready)
 
 
-def test_order_key_is_remaining_plus_a_quarter_of_arrival() -> None:
-    assert order_key(2.0, 4.0) == (0, 3.0)
+def test_the_key_is_remaining_plus_aged_arrival_plus_debt() -> None:
+    assert Order(ageing=0.25).key(2.0, 10, 4.0) == (0, 3.0)
+    assert Order(ageing=0.25).key(2.0, 10, 4.0, 1, 0.5) == (-1, 3.5)
 
 
 def test_sealable_blocks_follow_what_is_computed() -> None:

@@ -1,0 +1,193 @@
+"""A worker's prompts as seen from outside: who is computed now, who waits, and when a newcomer would have its turn."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right, insort
+from collections.abc import Container, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+from headway.core.order import Key
+
+# Above every number that breaks ties.
+_LAST = math.inf
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """`key`: its place in the worker's order. `exec_s`, `tokens`: what is left to compute of it.
+
+    `due_s`: when its first token was promised, on placement's clock.
+    """
+
+    name: Hashable
+    key: Key
+    exec_s: float
+    tokens: int
+    due_s: float = math.inf
+
+
+class Backlog:
+    """What is believed of one worker's queue, kept current by what it was sent and by what it says.
+
+    The prompt with the smallest key is taken to start as soon as the worker is free, so that between two words of the
+    worker the estimate runs on by itself. `chunk_s`: seconds after which a newcomer with a smaller key interrupts the
+    running prompt; infinite where prompts are computed in one piece.
+    """
+
+    __slots__ = ("_exec_s", "_others", "_promised", "_prompts", "_waiting", "chunk_s", "running", "tokens", "until_s")
+
+    def __init__(self, chunk_s: float = math.inf) -> None:
+        self.chunk_s = chunk_s
+        # Left to compute, of waiting and running prompts.
+        self.tokens = 0
+        self._prompts: dict[Hashable, Prompt] = {}
+        # How many of them have a promise to keep.
+        self._promised = 0
+        # Those that another router sent, as far as the worker says.
+        self._others: set[Hashable] = set()
+        # By key; `_exec_s` beside it, so that a sum over those ahead is one slice.
+        self._waiting: list[tuple[Key, int, Prompt]] = []
+        self._exec_s: list[float] = []
+        # Computed now, and when it should be done.
+        self.running: Prompt | None = None
+        self.until_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __contains__(self, name: Hashable) -> bool:
+        return name in self._prompts
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self._prompts.values())
+
+    @property
+    def waiting(self) -> int:
+        """Prompts, without the running one."""
+        return len(self._waiting)
+
+    @property
+    def first_key(self) -> Key | None:
+        """Of those that wait the smallest; None when none does."""
+        return self._waiting[0][0] if self._waiting else None
+
+    def turn(self, key: Key, now_s: float) -> tuple[float, int]:
+        """For a newcomer with this key: seconds until it would start, and how many prompts it would push back.
+
+        Before it go the rest of the running prompt, and all with keys up to its own.
+        """
+        running = self.running
+        if running is None:
+            return 0.0, 0
+        left = self.until_s - now_s
+        if left < 0.0:
+            left = 0.0
+        pushed = 0
+        if key < running.key and self.chunk_s != math.inf:
+            pushed = 1
+            if left > self.chunk_s:
+                left = self.chunk_s
+        waiting = self._waiting
+        if not waiting:
+            return left, pushed
+        ahead = bisect_right(waiting, (key, _LAST))
+        return left + sum(self._exec_s[:ahead]), pushed + len(waiting) - ahead
+
+    def breaks(self, key: Key, exec_s: float, now_s: float) -> bool:
+        """Whether a newcomer with this key would make one that waits miss when it was promised, which it will not
+        without it.
+        """
+        if not self._promised:
+            return False
+        running = self.running
+        until_s = now_s
+        if running is not None:
+            until_s = max(now_s, self.until_s)
+            if key < running.key and self.chunk_s != math.inf and until_s <= running.due_s < until_s + exec_s:
+                return True
+        for place, _, prompt in self._waiting:
+            until_s += prompt.exec_s
+            if place > key and until_s <= prompt.due_s < until_s + exec_s:
+                return True
+        return False
+
+    def left_s(self, now_s: float) -> float:
+        """Seconds until all of it is computed."""
+        return (max(0.0, self.until_s - now_s) if self.running else 0.0) + sum(self._exec_s)
+
+    def add(self, prompt: Prompt, now_s: float) -> None:
+        """Sent to the worker. One of the same name is replaced."""
+        self.remove(prompt.name, now_s)
+        self._prompts[prompt.name] = prompt
+        self._promised += prompt.due_s < math.inf
+        self.tokens += prompt.tokens
+        if self.running is None:
+            self._run(prompt, now_s)
+        else:
+            self._queue(prompt)
+
+    def remove(self, name: Hashable, now_s: float) -> None:
+        """Computed, or given up; an unknown name is ignored. The next is taken to start now."""
+        prompt = self._prompts.pop(name, None)
+        if prompt is None:
+            return
+        self._others.discard(name)
+        self._promised -= prompt.due_s < math.inf
+        self.tokens -= prompt.tokens
+        if prompt is not self.running:
+            self._unqueue(prompt)
+            return
+        self.running = None
+        if self._waiting:
+            self._run(self._unqueue(self._waiting[0][2]), now_s)
+
+    def started(self, name: Hashable, now_s: float) -> None:
+        """The worker says that it computes this prompt since `now_s`; an unknown name is ignored."""
+        prompt, running = self._prompts.get(name), self.running
+        if prompt is None or prompt is running:
+            return
+        if running is not None:
+            running.exec_s = max(0.0, self.until_s - now_s)
+            self._queue(running)
+        self._run(self._unqueue(prompt), now_s)
+
+    def report(
+        self, prompts: Sequence[Prompt], started: Container[Hashable], running: Hashable | None, now_s: float
+    ) -> None:
+        """What the worker says: its prompts (those sent since may be missing), those that it has begun to compute, and
+        which of them it computes now.
+
+        Of a prompt that was sent from here nothing is learned before it is begun: until then the worker does not count
+        what is fetched for it, or computed for a sibling. One of which as much is left as was known goes on as
+        estimated: the worker speaks between two forwards, and the one that runs is somewhere in its midst.
+        """
+        for name in self._others - {prompt.name for prompt in prompts}:
+            self.remove(name, now_s)
+        for prompt in prompts:
+            known, others = self._prompts.get(prompt.name), prompt.name in self._others
+            if known is None:
+                others = True
+            elif known.tokens == prompt.tokens or not (others or prompt.name in started):
+                continue
+            else:
+                prompt.due_s = known.due_s
+            self.add(prompt, now_s)
+            if others:
+                self._others.add(prompt.name)
+        if running is not None:
+            self.started(running, now_s)
+
+    def _run(self, prompt: Prompt, now_s: float) -> None:
+        self.running = prompt
+        self.until_s = now_s + prompt.exec_s
+
+    def _queue(self, prompt: Prompt) -> None:
+        entry = (prompt.key, id(prompt), prompt)
+        insort(self._waiting, entry)
+        self._exec_s.insert(bisect_right(self._waiting, entry) - 1, prompt.exec_s)
+
+    def _unqueue(self, prompt: Prompt) -> Prompt:
+        at = bisect_right(self._waiting, (prompt.key, id(prompt), prompt)) - 1
+        del self._waiting[at], self._exec_s[at]
+        return prompt

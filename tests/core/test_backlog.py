@@ -1,0 +1,135 @@
+"""A worker's queue seen from outside: waits, who is pushed back, what the worker says."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headway.core.backlog import Backlog, Prompt
+
+
+def prompt(name: str, exec_s: float, key: float | None = None, tokens: int = 100) -> Prompt:
+    return Prompt(name, (0, exec_s if key is None else key), exec_s, tokens)
+
+
+def test_the_first_runs_and_those_with_smaller_keys_go_before_a_newcomer() -> None:
+    backlog = Backlog()
+    assert backlog.turn((0, 1.0), 10.0)[0] == 0.0
+    for name, seconds in (("a", 4.0), ("b", 3.0), ("c", 1.0)):
+        backlog.add(prompt(name, seconds), 10.0)
+    assert backlog.turn((0, 0.5), 10.0)[0] == pytest.approx(4.0)
+    assert backlog.turn((0, 2.0), 11.0)[0] == pytest.approx(3.0 + 1.0)
+    assert backlog.turn((0, 3.0), 12.0)[0] == pytest.approx(2.0 + 1.0 + 3.0)
+    assert [backlog.turn((0, key), 12.0)[1] for key in (0.5, 2.0, 5.0)] == [2, 1, 0]
+    assert (len(backlog), backlog.tokens) == (3, 300)
+    assert backlog.left_s(12.0) == pytest.approx(6.0)
+
+
+def test_the_smallest_key_starts_when_the_running_one_is_done() -> None:
+    backlog = Backlog()
+    for name, seconds in (("a", 4.0), ("b", 3.0), ("c", 1.0)):
+        backlog.add(prompt(name, seconds), 0.0)
+    backlog.remove("a", 5.0)
+    assert backlog.turn((0, 2.0), 5.5)[0] == pytest.approx(0.5)
+    backlog.remove("c", 6.0)
+    backlog.remove("b", 7.0)
+    assert (len(backlog), backlog.tokens, backlog.turn((0, 9.0), 7.0)[0]) == (0, 0, 0.0)
+    backlog.remove("b", 8.0)
+
+
+def test_a_late_running_prompt_takes_no_less_than_no_time() -> None:
+    backlog = Backlog()
+    backlog.add(prompt("a", 1.0), 0.0)
+    assert backlog.turn((0, 9.0), 5.0)[0] == 0.0
+
+
+def test_a_shorter_one_waits_for_no_more_than_a_chunk() -> None:
+    backlog = Backlog(chunk_s=0.5)
+    backlog.add(prompt("long", 10.0), 0.0)
+    assert backlog.turn((0, 1.0), 0.0)[0] == pytest.approx(0.5)
+    assert backlog.turn((0, 1.0), 0.0)[1] == 1
+    assert backlog.turn((0, 11.0), 0.0)[0] == pytest.approx(10.0)
+    assert backlog.turn((0, 1.0), 9.8)[0] == pytest.approx(0.2)
+
+
+def test_what_the_worker_says_corrects_the_guess_of_who_runs() -> None:
+    backlog = Backlog()
+    for name in ("a", "b"):
+        backlog.add(prompt(name, 2.0), 0.0)
+    backlog.started("b", 1.0)
+    # a had a second of its two when b began.
+    assert backlog.left_s(1.0) == pytest.approx(2.0 + 1.0)
+    backlog.remove("b", 3.0)
+    assert backlog.left_s(3.0) == pytest.approx(1.0)
+
+
+def test_prompts_of_others_come_and_go_with_reports_and_own_ones_stay() -> None:
+    backlog = Backlog()
+    backlog.add(prompt("mine", 2.0), 0.0)
+    backlog.report([prompt("theirs", 1.0)], (), "theirs", 0.5)
+    assert len(backlog) == 2
+    assert backlog.turn((0, 9.0), 0.5)[0] == pytest.approx(1.0 + 1.5)
+    backlog.report([], (), None, 1.0)
+    assert len(backlog) == 1
+    assert "mine" in backlog
+
+
+def test_progress_counts_and_silence_does_not_turn_back_the_clock() -> None:
+    backlog = Backlog()
+    backlog.add(prompt("mine", 10.0, tokens=1000), 0.0)
+    backlog.report([prompt("mine", 10.0, tokens=1000)], {"mine"}, "mine", 4.0)
+    assert backlog.left_s(4.0) == pytest.approx(6.0)
+    backlog.report([prompt("mine", 5.0, tokens=500)], {"mine"}, "mine", 4.0)
+    assert backlog.left_s(4.0) == pytest.approx(5.0)
+    assert backlog.tokens == 500
+
+
+def test_what_waits_for_a_pull_or_a_sibling_is_not_taken_at_the_workers_word() -> None:
+    backlog = Backlog()
+    backlog.add(prompt("first", 2.0, tokens=2000), 0.0)
+    for number in range(9):
+        backlog.add(prompt(f"sibling {number}", 0.01, tokens=10), 0.0)
+    whole = [prompt(f"sibling {number}", 2.0, tokens=2000) for number in range(9)]
+    backlog.report([prompt("first", 2.0, tokens=2000), *whole], {"first"}, "first", 0.05)
+    assert backlog.left_s(0.05) == pytest.approx(1.95 + 0.09)
+    # Once begun, the worker knows better.
+    backlog.report(whole[:1], {"sibling 0"}, "sibling 0", 2.0)
+    assert backlog.left_s(2.0) == pytest.approx(2.0 + 0.08, abs=0.02)
+
+
+def test_a_promise_is_broken_by_one_that_pushes_it_over_its_time() -> None:
+    backlog = Backlog()
+    backlog.add(prompt("a", 1.0), 0.0)
+    assert not backlog.breaks((0, 0.5), 9.0, 0.0)
+    backlog.add(Prompt("b", (0, 1.0), 1.0, 10, due_s=2.5), 0.0)
+    assert not backlog.breaks((0, 0.5), 0.4, 0.0)
+    assert backlog.breaks((0, 0.5), 0.6, 0.0)
+    assert not backlog.breaks((0, 1.5), 0.6, 0.0)
+    assert not backlog.breaks((0, 0.5), 0.6, 2.0), "it is too late already"
+    backlog.remove("b", 0.0)
+    assert not backlog.breaks((0, 0.5), 0.6, 0.0)
+
+
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["add", "remove", "started"]), st.integers(0, 6), st.floats(0.01, 5.0)), max_size=40
+)
+
+
+@given(ACTIONS)
+def test_sums_stay_those_of_the_prompts_that_are_there(actions: list[tuple[str, int, float]]) -> None:
+    backlog, now_s = Backlog(), 0.0
+    there: dict[int, int] = {}
+    for kind, name, seconds in actions:
+        now_s += seconds / 10
+        if kind == "add":
+            backlog.add(Prompt(name, (0, seconds), seconds, name + 1), now_s)
+            there[name] = name + 1
+        elif kind == "remove":
+            backlog.remove(name, now_s)
+            there.pop(name, None)
+        else:
+            backlog.started(name, now_s)
+        assert {item.name for item in backlog} == there.keys()
+        assert backlog.tokens == sum(there.values())
+        assert backlog.turn((1 << 60, 0.0), now_s)[0] == pytest.approx(backlog.left_s(now_s))
