@@ -15,7 +15,18 @@ def fleet(arguments: argparse.Namespace) -> int:
         view = client.fleet()
     model = f"{view.model}, context {view.context_tokens} tokens" if view.model else "no worker yet"
     print(f"{model}, {view.requests_in_flight} requests in flight\n")
-    heads = ["worker", "node", "role", "state", "waiting", "running", "tokens to compute", "slots in use", "pid"]
+    heads = [
+        "worker",
+        "node",
+        "role",
+        "state",
+        "waiting",
+        "running",
+        "tokens to compute",
+        "slots in use",
+        "off by",
+        "pid",
+    ]
     print(table(heads, map(_worker_row, view.workers)))
     print()
     stores = (
@@ -37,7 +48,7 @@ def explain(arguments: argparse.Namespace) -> int:
     with Client(arguments.address) as client:
         explanation = client.explain(read_prompt(arguments.prompt))
     print(f"a prompt of {explanation.prompt_tokens} tokens; the first option would be taken\n")
-    heads = ["prefill", "decode", "cached tokens", "wait", "compute", "to first token", "refused because"]
+    heads = ["prefill", "decode", "cached tokens", "wait", "pull", "compute", "for others", "cost", "refused because"]
     print(table(heads, map(_option_row, explanation.options)))
     return 0
 
@@ -60,7 +71,7 @@ def _worker_row(worker: Worker) -> list[object]:
     used = f"{worker.total_slots - worker.free_slots} of {worker.total_slots}"
     return [
         worker.worker_id, worker.node_id, worker.role, state, worker.waiting_sequences, worker.running_sequences,
-        worker.waiting_tokens, used, worker.pid,
+        worker.waiting_tokens, used, f"{worker.prefill_error:.0%} / {worker.step_error:.0%}", worker.pid,
     ]  # fmt: skip
 
 
@@ -75,5 +86,6 @@ def _tier_row(store: Store, tier: Tier) -> list[object]:
 
 
 def _option_row(option: Placement) -> list[object]:
-    times = [milliseconds(seconds) for seconds in (option.wait_s, option.compute_s, option.cost_s)]
+    seconds = (option.wait_s, option.pull_s, option.compute_s, option.delay_s, option.cost_s)
+    times = [milliseconds(value) for value in seconds]
     return [option.prefill_worker or "–", option.decode_worker or "–", option.overlap_tokens, *times, option.refused]

@@ -36,7 +36,18 @@ def events_from_proto(response: router_pb2.GenerateResponse) -> Iterator[Event]:
 
 def explanation_from_proto(response: router_pb2.ExplainResponse) -> Explanation:
     options = tuple(
-        Placement(o.prefill_worker, o.decode_worker, o.overlap_tokens, o.wait_s, o.compute_s, o.cost_s, o.refused)
+        Placement(
+            o.prefill_worker,
+            o.decode_worker,
+            o.overlap_tokens,
+            o.wait_s,
+            o.compute_s,
+            o.cost_s,
+            o.refused,
+            o.pull_from,
+            o.pull_s,
+            o.delay_s,
+        )
         for o in response.options
     )
     return Explanation(response.prompt_tokens, options)
@@ -112,6 +123,8 @@ def _worker(worker: router_pb2.WorkerView) -> Worker:
         kv_tokens=status.kv_tokens,
         free_slots=status.free_slots,
         total_slots=status.total_slots,
+        prefill_error=status.prefill_error,
+        step_error=status.step_error,
     )
 
 

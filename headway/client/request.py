@@ -45,6 +45,9 @@ class Options(TypedDict, total=False):
     priority: int
     deadline_s: float
     ttft_objective_s: float
+    refuse_late: bool
+    expected_tokens: int
+    tenant: str
     cache_salt: str
     request_id: str
     prefill_worker: str

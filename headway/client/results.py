@@ -134,7 +134,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One way to serve a prompt; `refused` says why it was filtered out."""
+    """One way to serve a prompt, in predicted seconds; `refused` says why it was filtered out.
+
+    `pull_s`: until what `pull_from` (a kvstore) gives is there. `delay_s`: put on those already there. `cost_s`: what
+    is minimised.
+    """
 
     prefill_worker: str
     decode_worker: str
@@ -143,6 +147,9 @@ class Placement:
     compute_s: float
     cost_s: float
     refused: str
+    pull_from: str = ""
+    pull_s: float = 0.0
+    delay_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +162,10 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """`role` is "prefill", "decode" or "mixed"; `age_s` counts from the last status."""
+    """`role` is "prefill", "decode" or "mixed"; `age_s` counts from the last status.
+
+    `prefill_error`, `step_error`: mean of |predicted − taken| / taken of its forwards, lately.
+    """
 
     worker_id: str
     node_id: str
@@ -170,6 +180,8 @@ class Worker:
     kv_tokens: int
     free_slots: int
     total_slots: int
+    prefill_error: float = 0.0
+    step_error: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,9 @@ class Engine(Protocol):
     def unbind(self) -> None:
         """Let go of the slab (its owner is gone)."""
 
+    def scratch(self, slots: int, stride: int) -> SlabArray:
+        """Memory like a slab's, uint8 [slots, stride], to measure forwards in before there is a slab."""
+
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
         """Compute all chunks in one pass, write their K and V, and draw where asked; one entry a chunk, in order.
 

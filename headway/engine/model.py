@@ -41,6 +41,10 @@ class TransformersEngine:
         """Drop every view of the slab, so that it can be unmapped."""
         self._pages = None
 
+    def scratch(self, slots: int, stride: int) -> SlabArray:
+        """See the contract."""
+        return torch.zeros((slots, stride), dtype=torch.uint8, device=self.device)
+
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
         """See the contract. Raises ValueError, before anything is written, where a chunk cannot be computed."""
         draws = [chunk.draw for chunk in chunks if chunk.draw is not None]

@@ -31,7 +31,7 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Seconds: prefill a + b·new + c·new·context, step a + b·batch + c·kv tokens (the form of DistServe's model)."""
+    """Seconds: prefill a + b·new + c·new·(cached + new/2), step a + b·batch + c·kv tokens (see core.predict)."""
 
     prefill: tuple[float, float, float] = (0.0, 0.0, 0.0)
     step: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -42,8 +42,8 @@ class Latency:
         fills = [chunk for chunk in chunks if len(chunk.tokens) > 1]
         if fills:
             new = sum(len(chunk.tokens) for chunk in fills)
-            squares = sum(len(chunk.tokens) * (chunk.position + len(chunk.tokens)) for chunk in fills)
-            seconds += self.prefill[0] + self.prefill[1] * new + self.prefill[2] * squares
+            attended = sum(len(chunk.tokens) * (chunk.position + len(chunk.tokens) / 2) for chunk in fills)
+            seconds += self.prefill[0] + self.prefill[1] * new + self.prefill[2] * attended
         steps = [chunk for chunk in chunks if len(chunk.tokens) == 1]
         if steps:
             kv = sum(chunk.position for chunk in steps)
@@ -83,6 +83,9 @@ class SimulatedEngine:
 
     def unbind(self) -> None:
         self._slab = np.zeros((0, self._block), np.uint64)
+
+    def scratch(self, slots: int, stride: int) -> SlabArray:
+        return np.zeros((slots, stride), np.uint8)
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
         if self._poison is not None and any(self._poison in chunk.tokens for chunk in chunks):

@@ -32,7 +32,10 @@ class Interrupt(enum.Enum):
 
 
 class Sink(Protocol):
-    """Who hears of a sequence's tokens and its failure; called on the event loop."""
+    """Who hears of a sequence's tokens and its failure; called on the event loop. `router_id`: on whose behalf."""
+
+    @property
+    def router_id(self) -> str: ...
 
     def drawn(self, active: Active, drawn: Drawn, output_index: int, finish: Finish | None) -> None: ...
 
@@ -79,6 +82,11 @@ class Active:
     def capacity(self) -> int:
         """Tokens that the block table has room for."""
         return len(self.slots) * self.sequence.block_size
+
+    @property
+    def holds(self) -> bool:
+        """Whether it has its lease, and nothing is on its way into the slots."""
+        return self.phase in (Phase.READY, Phase.REFRESHING)
 
     @property
     def runnable(self) -> bool:

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 import grpc
 
 from headway.runtime.channels import open_channel
 from headway.v1 import router_pb2, router_pb2_grpc
 from headway.worker.loop import EngineLoop
+from headway.worker.status import worker_status
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +59,18 @@ class Announcer:
         while self._loop.slab is None:
             await changed.wait()
             changed.clear()
+        known = _Router()
         async with open_channel(router) as channel:
-            call = router_pb2_grpc.RouterServiceStub(channel).Announce(self._messages(changed))
+            call = router_pb2_grpc.RouterServiceStub(channel).Announce(self._messages(known, changed))
             async for response in call:
+                known.router_id = response.router_id
                 log.info("router=%s id=%s event=announced", router, response.router_id)
 
-    async def _messages(self, changed: asyncio.Event) -> AsyncIterator[router_pb2.AnnounceRequest]:
+    async def _messages(self, known: _Router, changed: asyncio.Event) -> AsyncIterator[router_pb2.AnnounceRequest]:
         yield router_pb2.AnnounceRequest(hello=self._hello())
         said_draining = False
         while True:
-            yield router_pb2.AnnounceRequest(status=self.status())
+            yield router_pb2.AnnounceRequest(status=worker_status(self._loop, known.router_id))
             if self._draining and not said_draining:
                 said_draining = True
                 yield router_pb2.AnnounceRequest(draining=router_pb2.Draining())
@@ -77,19 +81,9 @@ class Announcer:
             await asyncio.sleep(LEAST_S)
             changed.clear()
 
-    def status(self) -> router_pb2.WorkerStatus:
-        loop = self._loop
-        running = [active.sequence for active in loop.actives if active.sequence.decoding]
-        waiting = [active.sequence for active in loop.actives if not active.sequence.decoding and not active.expecting]
-        slab = loop.slab
-        return router_pb2.WorkerStatus(
-            ready=slab is not None,
-            waiting_sequences=len(waiting),
-            running_sequences=len(running),
-            waiting_tokens=sum(sequence.pending for sequence in waiting),
-            kv_tokens=sum(sequence.computed for sequence in running),
-            free_slots=slab.free_slots if slab else 0,
-            total_slots=slab.total_slots if slab else 0,
-            prefill_coefficients=loop.times.predictor.prefill,
-            step_coefficients=loop.times.predictor.step,
-        )
+
+@dataclass(slots=True)
+class _Router:
+    """Who hears this announcement; empty until it has said so."""
+
+    router_id: str = ""

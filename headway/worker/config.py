@@ -6,10 +6,12 @@ import os
 import socket
 from dataclasses import dataclass
 
+from headway.core.order import Order, Rule
 from headway.core.step import StepLimits
 from headway.runtime.config import ConfigError, option
 from headway.slab.device import KINDS, valid_name
 
+ORDERS = tuple(rule.value for rule in Rule)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -32,6 +34,12 @@ class WorkerConfig:
     chunk_tokens: int = option(8192, "prompt tokens in one forward, at most")
     chunk_s: float = option(0.5, "seconds that a forward of prompts may take")
     shared_chunk_s: float = option(0.1, "seconds that prompts may add to a forward in which other sequences decode")
+    order: str = option(
+        "shortest", "in which order prompts are computed: shortest first, by arrival, or wspt", choices=ORDERS
+    )
+    ageing: float = option(0.1, "of the order shortest: what a second of waiting counts for against one of computing")
+    timing_file: str = option("", "keeps over restarts how fast this worker was; empty: measure at each start")
+    measure_s: float = option(0.5, "how long a worker without a timing file's figures may measure itself at its start")
     growth_tokens: int = option(128, "tokens of slots reserved for the answer before its first token")
     acquire_timeout_s: float = option(30.0, "how long a request may wait for slots")
     drain_s: float = option(30.0, "how long running sequences may go on after SIGTERM")
@@ -51,6 +59,12 @@ class WorkerConfig:
         for name in ("sim_prefill", "sim_step"):
             if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 0:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be three numbers of at least 0")
+        for name in ("chunk_s", "shared_chunk_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be above 0")
+        for name in ("ageing", "measure_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 0")
         for name in ("max_batch", "chunk_tokens", "growth_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 1")
@@ -69,6 +83,10 @@ class WorkerConfig:
     @property
     def limits(self) -> StepLimits:
         return StepLimits(self.max_batch, self.chunk_tokens, self.chunk_s, self.shared_chunk_s)
+
+    @property
+    def prompt_order(self) -> Order:
+        return Order(Rule(self.order), self.ageing)
 
     @property
     def name(self) -> str:

@@ -69,6 +69,8 @@ def sequence_from_proto(message: common_pb2.Sequence, card: ModelCard) -> Sequen
         top_logprobs=message.top_logprobs if message.HasField("top_logprobs") else None,
         priority=message.priority,
         choice=message.choice,
+        tenant=message.tenant,
+        expected_tokens=message.expected_tokens,
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
         given=len(tokens),
     )

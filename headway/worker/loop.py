@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from headway.core.fair import Fairness
+from headway.core.fit import ForwardWork, Timing
 from headway.core.leases import REMOTE
+from headway.core.order import Order
 from headway.core.sequence import Sequence
 from headway.core.step import StepLimits, Work, plan_step
-from headway.core.timing import StepTimes
 from headway.engine.contract import Chunk, DeviceLost, Drawn, Engine
 from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker.active import Active, Interrupt, Phase, Sink
@@ -41,6 +43,8 @@ class EngineLoop:
         self,
         engine: Engine,
         limits: StepLimits,
+        order: Order,
+        timing: Timing,
         *,
         growth_tokens: int,
         acquire_timeout_s: float,
@@ -48,14 +52,18 @@ class EngineLoop:
     ) -> None:
         self._engine = engine
         self._limits = limits
+        self.order = order
+        self.timing = timing
+        self.fairness = Fairness()
         self._on_load = on_load
         self._actives: dict[Sequence, Active] = {}
-        self.times = StepTimes()
+        # Told to expect, by router: nothing is held for them yet.
+        self.expected: dict[str, dict[tuple[str, int], Sequence]] = {}
         self.leases = Leases(
             engine.card.kv_format.block_size,
             growth_tokens,
             acquire_timeout_s,
-            self.times,
+            timing,
             on_ready=self._ready,
             on_refused=self._fail,
             on_preempt=self._preempt,
@@ -154,6 +162,10 @@ class EngineLoop:
     def actives(self) -> list[Active]:
         return list(self._actives.values())
 
+    def expected_by_others(self, router_id: str) -> list[Sequence]:
+        """Whose prompts are computed elsewhere on this node, for other routers than that one."""
+        return [s for router, sequences in self.expected.items() if router != router_id for s in sequences.values()]
+
     # ------------------------------------------------------------------ the loop
 
     async def run(self) -> None:
@@ -180,10 +192,11 @@ class EngineLoop:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _plan(self) -> list[Work]:
+    def _plan(self) -> list[Work[Sequence]]:
         ready = [active.sequence for active in self._actives.values() if active.runnable]
-        work = plan_step(ready, self._limits, self.times.predictor)
-        kept: list[Work] = []
+        debts = self.fairness.debts({sequence.tenant for sequence in ready if not sequence.decoding})
+        work = plan_step(ready, self._limits, self.timing.predictor, self.order, debts)
+        kept: list[Work[Sequence]] = []
         for item in work:
             active = self._actives[item.sequence]
             if active.passed_over and not active.replies_due and not item.sequence.decoding:
@@ -197,7 +210,7 @@ class EngineLoop:
                     self._actives[sequence].passed_over = True
         return kept
 
-    def _chunks(self, work: list[Work]) -> list[Chunk]:
+    def _chunks(self, work: list[Work[Sequence]]) -> list[Chunk]:
         now = time.monotonic()
         chunks = []
         for item in work:
@@ -205,13 +218,13 @@ class EngineLoop:
             active.stepping = True
             active.started_s = active.started_s or now
             offers = active.joiner and not active.joiner.startswith(REMOTE)
-            if item.draws and offers and self.times.predictor.prefill_s(item.count, item.start) > OFFER_EARLY_S:
+            if item.draws and offers and self.timing.predictor.prefill_s(item.count, item.start) > OFFER_EARLY_S:
                 self.leases.offer_to_joiner(active)
             tokens = item.sequence.tokens[item.start : item.start + item.count]
             chunks.append(Chunk(tokens, item.start, active.slots, active.draw() if item.draws else None))
         return chunks
 
-    def _forward(self, chunks: list[Chunk], work: list[Work]) -> list[Result]:
+    def _forward(self, chunks: list[Chunk], work: list[Work[Sequence]]) -> list[Result]:
         """In the engine's thread. When the batch fails, each chunk runs alone, so that only the culprit fails."""
         started = time.monotonic()
         try:
@@ -221,11 +234,18 @@ class EngineLoop:
         except Exception:
             log.exception("event=forward_failed sequences=%d", len(chunks))
             return [self._forward_alone(chunk) for chunk in chunks]
-        prompts = sum(item.count for item in work if not item.sequence.decoding)
-        decoding = sum(1 for item in work if item.sequence.decoding)
-        self.times.observe(prompts, decoding, time.monotonic() - started)
+        self._measured(work, time.monotonic() - started)
         self.forwards += 1
         return results
+
+    def _measured(self, work: list[Work[Sequence]], seconds: float) -> None:
+        prompts = [(item.count, item.start) for item in work if not item.sequence.decoding]
+        decoding = [item.sequence for item in work if item.sequence.decoding]
+        self.timing.observe(ForwardWork(prompts, len(decoding), sum(s.computed for s in decoding)), seconds)
+        new = sum(count for count, _ in prompts)
+        for item in work:
+            if not item.sequence.decoding:
+                self.fairness.charge(item.sequence.tenant, seconds * item.count / new)
 
     def _forward_alone(self, chunk: Chunk) -> Result:
         if self.slab is None:
@@ -235,7 +255,7 @@ class EngineLoop:
         except Exception as error:
             return error
 
-    def _apply(self, work: list[Work], results: list[Result]) -> None:
+    def _apply(self, work: list[Work[Sequence]], results: list[Result]) -> None:
         for item, result in zip(work, results, strict=True):
             active, sequence = self._actives[item.sequence], item.sequence
             active.stepping = False

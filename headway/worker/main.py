@@ -6,11 +6,13 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 
+from headway.core.fit import Timing
 from headway.core.model import ModelCard
 from headway.engine.contract import Engine
 from headway.engine.simulated import Latency, SimulatedEngine, simulated_card
@@ -24,11 +26,14 @@ from headway.worker.announce import Announcer
 from headway.worker.attach import Attachment
 from headway.worker.config import WorkerConfig
 from headway.worker.loop import EngineLoop
+from headway.worker.measure import TimingFile, measure
 
 log = logging.getLogger(__name__)
 
 # Of a worker that ends by itself.
 FLUSH_S = 0.5
+# Within which a router hears that a worker drains.
+HEARD_S = 0.2
 AddServicer = Callable[[grpc.aio.Server, EngineLoop, ModelCard], None]
 
 
@@ -62,11 +67,15 @@ async def run_worker(
     port = server.listen(config.host, config.port)
     device = await asyncio.to_thread(_device, config)
     engine = await asyncio.to_thread(make_engine, config)
+    timing, timing_file = Timing(), TimingFile(config.timing_file, _identity(config, engine.card))
+    await asyncio.to_thread(_know_speed, config, engine, timing, timing_file)
     # The model's objects live as long as the process: a collection that walked them would stop every stream.
     gc.freeze()
     loop = EngineLoop(
         engine,
         config.limits,
+        config.prompt_order,
+        timing,
         growth_tokens=config.growth_tokens,
         acquire_timeout_s=config.acquire_timeout_s,
         on_load=lambda: announcer.load_changed(),
@@ -81,6 +90,8 @@ async def run_worker(
         model=card_to_proto(engine.card),
         pid=os.getpid(),
         max_batch=config.max_batch,
+        chunk_s=config.chunk_s,
+        shared_chunk_s=config.shared_chunk_s,
     )
 
     def current_hello() -> router_pb2.WorkerHello:
@@ -106,25 +117,39 @@ async def run_worker(
     notify("READY=1")
     log.info("event=ready worker=%s port=%d model=%s", config.name, port, engine.card.name)
     try:
-        await _work(server, loop, announcer, attachment, stopped, config.drain_s)
+        jobs = [attachment.run(), loop.run(), announcer.run(), timing_file.keep(timing)]
+        await _work(jobs, server, loop, announcer, stopped, config.drain_s)
     except BaseException:
         # What failed sequences were told must reach their routers, or this counts as a death of their making.
         await server.stop(FLUSH_S)
         raise
+    finally:
+        timing_file.save(timing)
     loop.close()
 
 
+def _know_speed(config: WorkerConfig, engine: Engine, timing: Timing, file: TimingFile) -> None:
+    """From the last run, or measured now; one who knows neither learns from its work."""
+    if file.load(timing) or not config.measure_s:
+        return
+    try:
+        measure(engine, timing, config.measure_s)
+    except Exception:
+        log.exception("event=measure_failed")
+    file.save(timing)
+
+
 async def _work(
+    jobs: Sequence[Coroutine[Any, Any, None]],
     server: GrpcServer,
     loop: EngineLoop,
     announcer: Announcer,
-    attachment: Attachment,
     stopped: asyncio.Event,
     drain_s: float,
 ) -> None:
-    """Until `stopped`, and drained."""
+    """Do the jobs until `stopped`, and drained."""
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(job) for job in (attachment.run(), loop.run(), announcer.run())]
+        running = [tasks.create_task(job) for job in jobs]
         await stopped.wait()
         notify("STOPPING=1")
         announcer.drain()
@@ -132,6 +157,12 @@ async def _work(
         await server.stop(1.0)
         for task in running:
             task.cancel()
+
+
+def _identity(config: WorkerConfig, card: ModelCard) -> str:
+    """What the speed depends on."""
+    simulated = f" {config.sim_prefill} {config.sim_step}" if config.engine == "sim" else ""
+    return f"{card.fingerprint.hex()} {config.device} {config.model_dtype} threads={config.threads}{simulated}"
 
 
 def _device(config: WorkerConfig) -> Device | None:
@@ -142,8 +173,8 @@ def _device(config: WorkerConfig) -> Device | None:
 
 
 async def _drained(loop: EngineLoop, seconds: float) -> None:
-    """Until no sequence is left, at most `seconds`."""
+    """Until no sequence is left, nor expected, at most `seconds`; and until the routers have heard of it."""
     waited = 0.0
-    while loop.actives and waited < seconds:
+    while waited < min(seconds, HEARD_S) or ((loop.actives or any(loop.expected.values())) and waited < seconds):
         await asyncio.sleep(0.05)
         waited += 0.05

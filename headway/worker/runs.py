@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from headway.core.sequence import Sequence
+from headway.runtime.channels import ROUTER_ID
 from headway.v1 import common_pb2
 from headway.worker.active import Active
 from headway.worker.loop import EngineLoop
@@ -26,6 +28,14 @@ class Request(Protocol[Command_co]):
     def commands(self) -> Iterable[Command_co]: ...
 
 
+def router_of(context: Any) -> str:
+    """The id of the router that calls Run; a caller that gives none is a router of its own."""
+    for key, value in context.invocation_metadata() or ():
+        if key == ROUTER_ID:
+            return str(value)
+    return uuid.uuid4().hex
+
+
 # A router that does not read for so long is as good as gone.
 MAX_EVENTS = 65536
 
@@ -33,8 +43,9 @@ MAX_EVENTS = 65536
 class RunStream(Generic[Event]):
     """The sequences of one router, and the events that wait to be sent to it."""
 
-    def __init__(self, loop: EngineLoop) -> None:
+    def __init__(self, loop: EngineLoop, router_id: str) -> None:
         self.loop = loop
+        self.router_id = router_id
         self.actives: dict[tuple[str, int], Active] = {}
         self._events: list[Event] = []
         self._wake = asyncio.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -19,7 +20,7 @@ from headway.worker.config import WorkerConfig
 from headway.worker.convert import FINISH, Pieces, failure, pull_from_proto, sequence_from_proto, token_to_proto
 from headway.worker.loop import EngineLoop
 from headway.worker.main import run_worker
-from headway.worker.runs import RunStream
+from headway.worker.runs import RunStream, router_of
 
 PROGRAM = "headway-decode"
 Requests = AsyncIterator[decode_pb2.DecodeServiceRunRequest]
@@ -39,12 +40,19 @@ class DecodeConfig(WorkerConfig):
 class DecodeRun:
     """The sequences of one router on this worker."""
 
-    def __init__(self, loop: EngineLoop, card: ModelCard) -> None:
+    def __init__(self, loop: EngineLoop, card: ModelCard, router_id: str) -> None:
+        self.router_id = router_id
         self._card = card
         self._loop = loop
         self._pieces = Pieces()
         self._expected: OrderedDict[tuple[str, int], Sequence] = OrderedDict()
-        self.stream: RunStream[decode_pb2.DecodeEvent] = RunStream(loop)
+        loop.expected[router_id] = self._expected
+        self.stream: RunStream[decode_pb2.DecodeEvent] = RunStream(loop, router_id)
+
+    def close(self) -> None:
+        """The router is gone, or has another stream already."""
+        if self._loop.expected.get(self.router_id) is self._expected:
+            del self._loop.expected[self.router_id]
 
     def handle(self, command: decode_pb2.DecodeCommand) -> None:
         if command.HasField("begin"):
@@ -139,12 +147,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._loop = loop
         self._card = card
 
-    async def Run(
-        self, request_iterator: Requests, context: object
-    ) -> AsyncIterator[decode_pb2.DecodeServiceRunResponse]:
-        run = DecodeRun(self._loop, self._card)
-        async for events in run.stream.serve(request_iterator, run.handle):
-            yield decode_pb2.DecodeServiceRunResponse(events=events)
+    async def Run(self, request_iterator: Requests, context: Any) -> AsyncIterator[decode_pb2.DecodeServiceRunResponse]:
+        run = DecodeRun(self._loop, self._card, router_of(context))
+        try:
+            async for events in run.stream.serve(request_iterator, run.handle):
+                yield decode_pb2.DecodeServiceRunResponse(events=events)
+        finally:
+            run.close()
 
 
 def _add(server: grpc.aio.Server, loop: EngineLoop, card: ModelCard) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -19,7 +20,7 @@ from headway.worker.config import WorkerConfig
 from headway.worker.convert import FINISH, Pieces, failure, pull_from_proto, sequence_from_proto, token_to_proto
 from headway.worker.loop import EngineLoop
 from headway.worker.main import run_worker
-from headway.worker.runs import RunStream
+from headway.worker.runs import RunStream, router_of
 
 PROGRAM = "headway-prefill"
 Requests = AsyncIterator[prefill_pb2.PrefillServiceRunRequest]
@@ -33,11 +34,12 @@ class PrefillConfig(WorkerConfig):
 class PrefillRun:
     """The sequences of one router on this worker."""
 
-    def __init__(self, loop: EngineLoop, card: ModelCard) -> None:
+    def __init__(self, loop: EngineLoop, card: ModelCard, router_id: str) -> None:
+        self.router_id = router_id
         self._card = card
         self._loop = loop
         self._pieces = Pieces()
-        self.stream: RunStream[prefill_pb2.PrefillEvent] = RunStream(loop)
+        self.stream: RunStream[prefill_pb2.PrefillEvent] = RunStream(loop, router_id)
 
     def handle(self, command: prefill_pb2.PrefillCommand) -> None:
         if command.HasField("cancel"):
@@ -100,9 +102,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._card = card
 
     async def Run(
-        self, request_iterator: Requests, context: object
+        self, request_iterator: Requests, context: Any
     ) -> AsyncIterator[prefill_pb2.PrefillServiceRunResponse]:
-        run = PrefillRun(self._loop, self._card)
+        run = PrefillRun(self._loop, self._card, router_of(context))
         async for events in run.stream.serve(request_iterator, run.handle):
             yield prefill_pb2.PrefillServiceRunResponse(events=events)
 

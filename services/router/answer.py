@@ -72,6 +72,7 @@ class Answer:
 
     def _finish(self) -> router_pb2.Finished:
         finished = self.finished
+        self._job.model.lengths.observe(self._job.route, len(self.sent))
         finished.reason = self.reason
         finished.usage.output_tokens = len(self.sent)
         finished.timings.route_s = self._job.route_s

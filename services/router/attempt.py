@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
+from headway.core.reserve import Reservation
 from headway.v1 import common_pb2, decode_pb2, prefill_pb2
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class Attempt:
         number: int,
         prefill: Worker | None,
         decode: Worker,
-        missing_tokens: int,
+        reservation: Reservation,
         pull: common_pb2.PullHint | None = None,
     ) -> None:
         self.number = number
@@ -37,9 +39,8 @@ class Attempt:
         self._choice = choice
         self._sequence_id = sequence_id
         self._held: list[Worker] = []
-        # What the workers' loads were told.
-        self._queued_tokens = missing_tokens
-        self._running = False
+        # What it adds to the loads of its workers.
+        self._reservation = reservation
 
     @property
     def serving(self) -> Worker:
@@ -55,10 +56,7 @@ class Attempt:
             for piece in pieces:
                 self._dispatch_apart(self.prefill, piece)
             self._hold(self.prefill)
-            self._count_running()
         self._hold(self.decode)
-        self.serving.load.queued_sequences += 1
-        self.serving.load.queued_tokens += self._queued_tokens
 
     def _dispatch_apart(self, prefill: Worker, piece: common_pb2.Sequence) -> None:
         """On one node decode need not know before prefill is done; on another it takes slots and follows at once."""
@@ -92,17 +90,11 @@ class Attempt:
         """The decode worker sent tokens: the lease is its own, the prompt is computed."""
         if self.prefill is not None:
             self.release(self.prefill)
-        elif self._queued_tokens:
-            self.computed()
-            self._count_running()
+        self.computed()
 
     def computed(self) -> None:
         """The prompt does not wait any more."""
-        if self._queued_tokens:
-            load = (self.prefill or self.decode).load
-            load.queued_sequences = max(0, load.queued_sequences - 1)
-            load.queued_tokens = max(0, load.queued_tokens - self._queued_tokens)
-            self._queued_tokens = 0
+        self._reservation.computed(time.monotonic())
 
     def release(self, worker: Worker) -> None:
         """The worker has nothing of the sequence any more."""
@@ -112,19 +104,11 @@ class Attempt:
 
     def end(self) -> None:
         """Nothing is left behind: whoever may hold something is told to stop."""
-        self.computed()
-        if self._running:
-            self._running = False
-            self.decode.load.running = max(0, self.decode.load.running - 1)
+        self._reservation.leave(time.monotonic())
         for worker in list(self._held):
             worker.link.cancel(self._sequence_id, self.number)
             self.release(worker)
 
     def _hold(self, worker: Worker) -> None:
         worker.link.routes[self._sequence_id] = self._choice
-        worker.load.sent += 1
         self._held.append(worker)
-
-    def _count_running(self) -> None:
-        self._running = True
-        self.decode.load.running += 1

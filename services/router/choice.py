@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from headway.core.place import Option, place
+from headway.core.ask import Ask, Option
+from headway.core.filters import check_hints
 from headway.runtime.errors import HeadwayError, invalid, status_code
 from headway.v1 import common_pb2, decode_pb2, prefill_pb2
 from services.router.answer import Answer
@@ -52,16 +54,22 @@ class Choice:
         self._parked = False
         self._not_before = 0.0
         self._give_up_at = 0.0
+        # Wakes the request when its first token is due.
+        self._alarm: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------------ placing
 
     def start(self) -> None:
         """Send the sequence to its workers, or park it until somebody can take it."""
-        options = self.options()
-        if options and not options[0].refused:
+        ask, option = self._place()
+        if self._due_s is not None and self._alarm is None:
+            after_s = max(0.0, self._due_s - time.monotonic())
+            self._alarm = asyncio.get_running_loop().call_later(after_s, self.inbox.poke)
+        if option is not None:
             self._unpark()
-            self._dispatch(options[0])
+            self._dispatch(ask, option)
             return
+        options = self._fleet.placer.options(ask, time.monotonic())
         check_hopeless(options)
         if not self._parked:
             self._park()
@@ -69,41 +77,58 @@ class Choice:
             raise nobody(options)
 
     def resume(self) -> None:
-        """Try again to place a parked choice."""
+        """Try again to place a parked choice; refuse one whose first token is due."""
+        due_s = self._due_s
+        if due_s is not None and time.monotonic() >= due_s:
+            message = f"no first token came within {self.job.request.ttft_objective_s:g} s; try again later"
+            raise HeadwayError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=1.0)
         if self._parked and time.monotonic() >= self._not_before:
             self.start()
 
     def options(self) -> list[Option]:
         """Where this choice could go now, best first. Raises HeadwayError when a hint cannot be followed."""
-        job, loads = self.job, self._fleet.loads
-        overlap = self._fleet.overlap_tokens(job.keys, job.model.block_size)
+        ask, _ = self._place()
+        return self._fleet.placer.options(ask, time.monotonic())
+
+    @property
+    def _due_s(self) -> float | None:
+        """When the first token is due. The other choices of a request, and replays, come after it."""
+        return None if self._index or self.answer.sent else self.job.due
+
+    def _place(self) -> tuple[Ask, Option | None]:
+        """Workers that failed it are left out while there are others."""
+        placer, now_s = self._fleet.placer, time.monotonic()
         # The client's hints are for the first attempt: later ones run wherever they can.
-        hinted = self._attempts == 0
+        ask = self.job.ask(placer, self._due_s, self._excluded, hinted=self._attempts == 0)
         try:
-            options = place(job.ask(self._config, overlap, self._excluded, hinted=hinted), loads)
-            if self._excluded and all(option.refused for option in options):
-                options = place(job.ask(self._config, overlap, frozenset(), hinted=hinted), loads)
+            check_hints(ask, placer.loads)
         except ValueError as error:
             raise invalid(str(error)) from None
-        return options
+        option = placer.place(ask, now_s)
+        if option is None and self._excluded:
+            ask = replace(ask, excluded=frozenset())
+            option = placer.place(ask, now_s)
+        return ask, option
 
     def close(self) -> None:
         """The end: no worker keeps anything of this choice."""
         self._unpark()
+        if self._alarm is not None:
+            self._alarm.cancel()
         if self._attempt is not None:
             self._attempt.end()
 
-    def _dispatch(self, option: Option) -> None:
+    def _dispatch(self, ask: Ask, option: Option) -> None:
         workers = self._fleet.workers
         prefill = workers[option.prefill_worker] if option.prefill_worker else None
-        missing = len(self.job.token_ids) - option.overlap_tokens
+        reservation = self._fleet.placer.reserve(self._sequence_id, ask, option, time.monotonic())
         number = self._attempts
         decode = workers[option.decode_worker]
         pull = None
         if option.pull_from is not None:
             blocks = option.overlap_tokens // self.job.model.block_size
             pull = common_pb2.PullHint(kvstore=option.pull_from, blocks=blocks)
-        self._attempt = Attempt(self, self._sequence_id, number, prefill, decode, missing, pull)
+        self._attempt = Attempt(self, self._sequence_id, number, prefill, decode, reservation, pull)
         self._attempts += 1
         self._attempt.dispatch(self.job.sequence(self._sequence_id, number, self._index, self.answer.sent))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
-from headway.runtime.channels import open_channel
+from headway.runtime.channels import ROUTER_ID, open_channel
 from headway.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
 if TYPE_CHECKING:
@@ -44,11 +44,17 @@ class Link:
     """
 
     def __init__(
-        self, address: str, plane: Plane, on_event: Callable[[Choice, Any], None], on_broken: Callable[[], None]
+        self,
+        address: str,
+        plane: Plane,
+        router_id: str,
+        on_event: Callable[[Choice, Any], None],
+        on_broken: Callable[[], None],
     ) -> None:
         self.address = address
         self.routes: dict[str, Choice] = {}
         self._plane = plane
+        self._router_id = router_id
         self._on_event = on_event
         self._on_broken = on_broken
         self._pending: list[Any] = []
@@ -84,7 +90,7 @@ class Link:
     async def _run(self) -> None:
         try:
             async with open_channel(self.address) as channel:
-                call = self._plane.stub(channel).Run()
+                call = self._plane.stub(channel).Run(metadata=((ROUTER_ID, self._router_id),))
                 writer = asyncio.create_task(self._write(call))
                 try:
                     while (response := await call.read()) is not grpc.aio.EOF:

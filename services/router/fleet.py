@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from headway.core.backlog import Backlog, Prompt
 from headway.core.index import PrefixIndex
-from headway.core.place import Role, WorkerLoad
-from headway.core.predict import Predictor, coefficients, fastest
+from headway.core.links import Links
+from headway.core.load import Role, Share, WorkerLoad
+from headway.core.order import Order
+from headway.core.place import Placer
+from headway.core.predict import Predictor, coefficients
 from headway.runtime.convert import card_from_proto
 from headway.runtime.errors import HeadwayError
 from headway.v1 import common_pb2, router_pb2
@@ -21,6 +26,7 @@ from services.router.config import RouterConfig
 from services.router.dispatch import DECODE, PREFILL, Link
 from services.router.inbox import GONE, Inbox
 from services.router.model import ServedModel
+from services.router.placing import make_placer
 from services.router.stores import StoreWatch
 
 if TYPE_CHECKING:
@@ -38,34 +44,46 @@ ROLES = {
 class Worker:
     """One announced incarnation of a worker; a worker that comes back is a new one."""
 
-    def __init__(self, hello: router_pb2.WorkerHello, lease: asyncio.Timeout) -> None:
+    def __init__(self, hello: router_pb2.WorkerHello, lease: asyncio.Timeout, router_id: str) -> None:
         self.hello = hello
         self.worker_id = hello.worker_id
         self.status = router_pb2.WorkerStatus()
         self.status_at = time.monotonic()
         self.load = WorkerLoad(
-            hello.worker_id, hello.kvstore_address, ROLES[hello.role], max_batch=max(1, hello.max_batch)
+            hello.worker_id,
+            hello.kvstore_address,
+            ROLES[hello.role],
+            max_batch=max(1, hello.max_batch),
+            shared_chunk_s=hello.shared_chunk_s or math.inf,
+            backlog=Backlog(hello.chunk_s or math.inf),
         )
-        # As it says itself; its load has what it shares with its equals.
-        self.predictor = Predictor()
         self._lease = lease
         plane = PREFILL if hello.role == common_pb2.WORKER_ROLE_PREFILL else DECODE
-        self.link = Link(hello.address, plane, self._event, self._broken)
+        self.link = Link(hello.address, plane, router_id, self._event, self._broken)
 
-    def take_status(self, status: router_pb2.WorkerStatus) -> None:
-        """What the worker says of itself replaces what this router reckoned since."""
+    def take_status(self, status: router_pb2.WorkerStatus, order: Order) -> None:
+        """What the worker says of itself and of what other routers sent it; what this one sent it, it knows itself."""
         self.status, self.status_at = status, time.monotonic()
-        load = self.load
+        load, others = self.load, status.others
         load.ready = status.ready and not self.link.broken
-        load.queued_sequences = status.waiting_sequences
-        load.queued_tokens = status.waiting_tokens
-        load.running = status.running_sequences
-        load.kv_tokens = status.kv_tokens
-        load.free_slots = status.free_slots
+        load.others_are(Share(others.sequences, others.kv_tokens, others.growth_tokens))
+        load.reported = status.waiting_sequences
         load.total_slots = status.total_slots
-        self.predictor = Predictor(
+        load.predictor = predictor = Predictor(
             coefficients(status.prefill_coefficients[:]), coefficients(status.step_coefficients[:])
         )
+        prompts, started = [], set()
+        for queued in status.prompts:
+            if queued.sequence_id in self.link.routes and queued.sequence_id not in load.backlog:
+                # It is computed already, and the worker's word is older than that.
+                continue
+            if queued.started:
+                started.add(queued.sequence_id)
+            seconds = predictor.prefill_s(queued.remaining_tokens, queued.computed_tokens)
+            key = order.key(seconds, queued.remaining_tokens, queued.arrival_s, queued.priority)
+            prompts.append(Prompt(queued.sequence_id, key, seconds, queued.remaining_tokens))
+        running = next((queued.sequence_id for queued in status.prompts if queued.running), None)
+        load.backlog.report(prompts, started, running, self.status_at)
 
     def _event(self, choice: Choice, event: Any) -> None:
         choice.inbox.put(choice, self, event)
@@ -83,24 +101,25 @@ class Worker:
 class Fleet:
     """Workers by id, kvstores by address, and who waits for a worker."""
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, router_id: str) -> None:
         self._config = config
+        self._router_id = router_id
         self.workers: dict[str, Worker] = {}
         self.stores: dict[str, StoreWatch] = {}
         self.index = PrefixIndex(config.max_index_blocks)
+        self._links = Links(config.pull_latency_s, config.link_bytes_per_s or math.inf)
         self.model: ServedModel | None = None
         # Requests that wait for a worker that can serve them.
         self.waiting: set[Inbox] = set()
+        self._placer: Placer | None = None
 
     @property
-    def loads(self) -> list[WorkerLoad]:
-        return [worker.load for worker in self.workers.values()]
+    def placer(self) -> Placer:
+        """There is one as soon as a model is served."""
+        assert self._placer is not None
+        return self._placer
 
-    def overlap_tokens(self, keys: list[bytes], block_size: int) -> dict[str, int]:
-        """For every node, how many leading tokens of the chain of keys it is believed to hold."""
-        return {node: blocks * block_size for node, blocks in self.index.overlap(keys).items()}
-
-    async def follow(self, context: Any, router_id: str) -> None:
+    async def follow(self, context: Any) -> None:
         """Serve one announcement until it ends, breaks, or no status came for too long. Raises HeadwayError."""
         timeout_s = self._config.status_timeout_s
         worker: Worker | None = None
@@ -111,12 +130,11 @@ class Fleet:
                     kind = request.WhichOneof("event")
                     if worker is None and kind == "hello":
                         worker = self._welcome(request.hello, lease)
-                        await context.write(router_pb2.AnnounceResponse(router_id=router_id))
+                        await context.write(router_pb2.AnnounceResponse(router_id=self._router_id))
                     elif worker is None:
                         raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, "announce the card (hello) first")
                     elif kind == "status":
-                        worker.take_status(request.status)
-                        self._share_predictor(worker)
+                        worker.take_status(request.status, self.placer.planner.order)
                         self._wake_waiting()
                     elif kind == "draining":
                         worker.load.draining = True
@@ -135,10 +153,11 @@ class Fleet:
         former = self.workers.pop(hello.worker_id, None)
         if former is not None:
             former.link.close()
-        worker = self.workers[hello.worker_id] = Worker(hello, lease)
+        worker = self.workers[hello.worker_id] = Worker(hello, lease, self._router_id)
+        self.placer.add(worker.load)
         address = hello.kvstore_address
         if address not in self.stores:
-            self.stores[address] = StoreWatch(address, hello.node_id, self.index)
+            self.stores[address] = StoreWatch(address, hello.node_id, self.index, self._links)
         self.stores[address].users += 1
         log.info("worker=%s role=%s event=announced", hello.worker_id, worker.load.role.value)
         return worker
@@ -163,6 +182,7 @@ class Fleet:
             raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, refused)
         if self.model is None:
             self.model = ServedModel(card)
+            self._placer = make_placer(self._config, card, self.index, self._links)
             self._wake_waiting()
 
     def _farewell(self, worker: Worker) -> None:
@@ -170,23 +190,17 @@ class Fleet:
         log.info("worker=%s event=gone", worker.worker_id)
         if self.workers.get(worker.worker_id) is worker:
             del self.workers[worker.worker_id]
+        self.placer.remove(worker.load)
         worker.link.close()
         store = self.stores[worker.hello.kvstore_address]
         store.users -= 1
         if not store.users:
             asyncio.get_running_loop().call_later(self._config.store_linger_s, self._drop_unused, store)
 
-    def _share_predictor(self, worker: Worker) -> None:
-        """Workers of one role on one node run on the same hardware."""
-        kind = (worker.load.node, worker.load.role)
-        equals = [other for other in self.workers.values() if (other.load.node, other.load.role) == kind]
-        shared = fastest([other.predictor for other in equals if other.status.ready] or [worker.predictor])
-        for other in equals:
-            other.load.predictor = shared
-
     def _drop_unused(self, store: StoreWatch) -> None:
         if not store.users and self.stores.get(store.address) is store:
             del self.stores[store.address]
+            self._links.forget(store.address)
             store.close()
 
     def _wake_waiting(self) -> None:

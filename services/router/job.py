@@ -7,13 +7,13 @@ import random
 import time
 from dataclasses import dataclass
 
+from headway.core.ask import Ask
 from headway.core.keys import block_keys, join_keys, key_namespace
-from headway.core.place import Ask
+from headway.core.place import Placer
 from headway.runtime.errors import invalid
 from headway.text.errors import TextError
 from headway.text.tokenizer import Tokenizer
 from headway.v1 import common_pb2, router_pb2
-from services.router.config import RouterConfig
 from services.router.model import ServedModel
 from services.router.validate import check_request, check_tokens
 
@@ -27,7 +27,10 @@ PIECE_TOKENS = 8192
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """`received` is of the monotonic clock, `arrival_s` Unix seconds; `keys` are those of the prompt's full blocks."""
+    """`received` is of the monotonic clock, `arrival_s` Unix seconds; `keys` are those of the prompt's full blocks.
+
+    `route`: tenant and first block (a system prompt), by which the lengths of answers are learned.
+    """
 
     request: router_pb2.GenerateRequest
     model: ServedModel
@@ -42,24 +45,32 @@ class Job:
     max_tokens: int
     stop_token_ids: frozenset[int]
     choices: int
+    route: tuple[str, bytes]
+    expected_tokens: int
     route_s: float = 0.0
 
-    def ask(self, config: RouterConfig, overlap: dict[str, int], excluded: frozenset[str], *, hinted: bool) -> Ask:
-        """What placement needs to know; worker hints count only where `hinted`."""
-        placement = self.request.placement
+    @property
+    def due(self) -> float | None:
+        """When the first token must be there, or the request be refused; of the monotonic clock."""
+        return self.received + self.request.ttft_objective_s if self.request.refuse_late else None
+
+    def ask(self, placer: Placer, due_s: float | None, excluded: frozenset[str], *, hinted: bool) -> Ask:
+        """What placement needs to know; worker hints count only where `hinted`. `due_s`: of the first token."""
+        request, placement = self.request, self.request.placement
+        resident, promised = placer.overlaps(self.keys)
         return Ask(
             prompt_tokens=len(self.token_ids),
-            max_tokens=len(self.token_ids) + self.max_tokens,
-            block_size=self.model.block_size,
-            overlap=overlap,
-            local_prefill_tokens=config.local_prefill_tokens,
-            max_queued=config.max_queued,
+            keys=self.keys,
+            arrival_s=self.arrival_s,
+            expected_tokens=self.expected_tokens,
+            resident=resident,
+            promised=promised,
+            priority=request.priority,
+            objective_s=due_s,
             prefill_worker=placement.prefill_worker if hinted else "",
             decode_worker=placement.decode_worker if hinted else "",
             force_apart=placement.force_apart,
             excluded=excluded,
-            pull_latency_s=config.pull_latency_s,
-            pull_token_s=self.model.card.kv_format.bytes_per_token / config.link_bytes_per_s,
         )
 
     def sequence(self, sequence_id: str, attempt: int, choice: int, sent: list[int]) -> list[common_pb2.Sequence]:
@@ -85,6 +96,8 @@ class Job:
             deadline_s=max(0.001, self.deadline - time.monotonic()),
             priority=request.priority,
             choice=choice,
+            expected_tokens=self.expected_tokens,
+            tenant=request.tenant,
             more=len(tokens) > PIECE_TOKENS,
         )
         if request.HasField("top_logprobs"):
@@ -114,6 +127,9 @@ async def prepare(request: router_pb2.GenerateRequest, model: ServedModel, recei
         keys = await asyncio.to_thread(block_keys, namespace, token_ids, model.block_size)
     else:
         keys = block_keys(namespace, token_ids, model.block_size)
+    max_tokens = min(wanted, card.context_tokens - len(token_ids))
+    route = (request.tenant, keys[0] if keys else b"")
+    expected = request.expected_tokens or model.lengths.expect(route, max_tokens)
     return Job(
         request=request,
         model=model,
@@ -125,9 +141,11 @@ async def prepare(request: router_pb2.GenerateRequest, model: ServedModel, recei
         keys=keys,
         namespace=namespace,
         sampling=drawn,
-        max_tokens=min(wanted, card.context_tokens - len(token_ids)),
+        max_tokens=max_tokens,
         stop_token_ids=stops if request.ignore_eos else stops.union(card.eos_token_ids),
         choices=request.n if request.HasField("n") else 1,
+        route=route,
+        expected_tokens=min(expected, max_tokens),
     )
 
 

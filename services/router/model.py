@@ -6,6 +6,7 @@ import asyncio
 
 import grpc
 
+from headway.core.lengths import AnswerLengths
 from headway.core.model import ModelCard
 from headway.runtime.errors import HeadwayError
 from headway.text.errors import TextError
@@ -20,6 +21,7 @@ class ServedModel:
         self.name = card.name
         self.block_size = card.kv_format.block_size
         self.format_digest = card.kv_format.digest()
+        self.lengths = AnswerLengths()
         self._loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, card.tokenizer_path))
         # A failure is told to whoever asks for the tokenizer; nobody may.
         self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())

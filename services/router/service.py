@@ -25,8 +25,8 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
 
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
-        self.fleet = Fleet(config)
         self.router_id = uuid.uuid4().hex
+        self.fleet = Fleet(config, self.router_id)
         self.in_flight: set[str] = set()
         self._draining = False
 
@@ -66,7 +66,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
 
     async def Announce(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         try:
-            await self.fleet.follow(context, self.router_id)
+            await self.fleet.follow(context)
         except HeadwayError as error:
             await abort(context, error)
 
@@ -112,5 +112,6 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
                 refused=option.refused.sentence if option.refused else "",
                 pull_from=option.pull_from or "",
                 pull_s=option.pull_s,
+                delay_s=option.delay_s,
             )
         return response

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from headway.core.index import PrefixIndex
-from headway.core.keys import split_keys
+from headway.core.links import Links
 from headway.runtime.channels import open_channel
 from headway.v1 import kvstore_pb2, kvstore_pb2_grpc
 
@@ -17,12 +17,14 @@ log = logging.getLogger(__name__)
 
 RECONNECT_S = 0.2
 STATS_S = 1.0
+# Between two looks at how fast its pulls were.
+LINKS_S = 5.0
 
 
 class StoreWatch:
     """Follows WatchBlocks of the store at `address` until closed; that address is the node's name in the index."""
 
-    def __init__(self, address: str, node_id: str, index: PrefixIndex) -> None:
+    def __init__(self, address: str, node_id: str, index: PrefixIndex, links: Links) -> None:
         self.address = address
         self.node_id = node_id
         self.users = 0
@@ -30,8 +32,11 @@ class StoreWatch:
         self.epoch = 0
         self.last = 0
         self._index = index
+        self._links = links
         self._in_snapshot = False
-        self._task = asyncio.create_task(self._run())
+        # Bytes and seconds of its pulls from each peer, as last seen.
+        self._pulled: dict[str, tuple[int, float]] = {}
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._time_links())]
 
     async def stats(self) -> kvstore_pb2.StatsResponse:
         """The store's own figures; empty when it does not give them soon."""
@@ -44,8 +49,20 @@ class StoreWatch:
             return kvstore_pb2.StatsResponse()
 
     def close(self) -> None:
-        self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._index.forget(self.address)
+
+    async def _time_links(self) -> None:
+        """What pulls took since the last look says how fast the links to this node are."""
+        while True:
+            await asyncio.sleep(LINKS_S)
+            for peer in (await self.stats()).peers:
+                size, busy_s = self._pulled.get(peer.address, (0, 0.0))
+                self._pulled[peer.address] = peer.bytes, peer.busy_s
+                if peer.bytes > size:
+                    link = self._links.between(peer.address, self.address)
+                    link.observe(peer.bytes - size, peer.busy_s - busy_s)
 
     async def _run(self) -> None:
         while True:
@@ -81,16 +98,16 @@ class StoreWatch:
         elif response.epoch != self.epoch or (not self._in_snapshot and first != self.last + 1):
             return False
         elif kind == "stored":
-            self._store(split_keys(response.stored.block_keys))
+            self._store(response.stored.block_keys)
         elif kind == "removed":
-            self._index.removed(self.address, split_keys(response.removed.block_keys))
+            self._index.removed(self.address, response.removed.block_keys)
         elif kind == "snapshot_end":
             self._in_snapshot = False
         self.last = response.sequence_number
         self.watching = not self._in_snapshot
         return True
 
-    def _store(self, keys: list[bytes]) -> None:
+    def _store(self, keys: bytes) -> None:
         was_full = self._index.full(self.address)
         if not self._index.stored(self.address, keys) and not was_full:
             blocks = self._index.blocks(self.address)

@@ -20,6 +20,7 @@ MAX_STOP_STRING_CHARACTERS = 1024
 MAX_STOP_TOKENS = 256
 MAX_LOGIT_BIASES = 1024
 MAX_REQUEST_ID_CHARACTERS = 128
+MAX_TENANT_CHARACTERS = 128
 ROLES = ("system", "user", "assistant")
 
 
@@ -38,6 +39,11 @@ def check_request(request: router_pb2.GenerateRequest, card: ModelCard) -> Sampl
         _seconds("deadline_s", request.deadline_s)
     if request.HasField("ttft_objective_s"):
         _seconds("ttft_objective_s", request.ttft_objective_s)
+    elif request.refuse_late:
+        raise invalid("refuse_late is set without ttft_objective_s; say when the first token is due")
+    if request.HasField("expected_tokens"):
+        _at_most("expected_tokens", request.expected_tokens, card.context_tokens, least=1)
+    _at_most("the length of tenant", len(request.tenant), MAX_TENANT_CHARACTERS)
     if len(request.request_id) > MAX_REQUEST_ID_CHARACTERS:
         raise invalid(f"request_id is longer than {MAX_REQUEST_ID_CHARACTERS} characters; choose a shorter one")
     _check_stops(request, card)

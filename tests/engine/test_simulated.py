@@ -75,4 +75,4 @@ def test_latency_follows_its_formula() -> None:
     slots = np.zeros(1, np.int32)
     latency = Latency((1.0, 0.1, 0.01), (2.0, 0.5, 0.001))
     chunks = [Chunk([1, 2, 3], 10, slots, None), Chunk([1], 100, slots, None), Chunk([1], 200, slots, None)]
-    assert latency.of(chunks) == pytest.approx(1.0 + 0.1 * 3 + 0.01 * 3 * 13 + 2.0 + 0.5 * 2 + 0.001 * 300)
+    assert latency.of(chunks) == pytest.approx(1.0 + 0.1 * 3 + 0.01 * 3 * 11.5 + 2.0 + 0.5 * 2 + 0.001 * 300)

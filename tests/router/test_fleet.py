@@ -133,16 +133,29 @@ async def test_explain_lists_every_option_the_pick_first() -> None:
     async with Rig() as rig:
         for name in ("p0", "p1", "d0"):
             fake = await rig.add(name)
-            # p1 has measured nothing yet: it is taken to be as fast as its equal.
-            fake.status.prefill_coefficients.extend([0.0, 1.0 if name == "p1" else 1e-3, 0.0])
-        rig.fakes[0].status.waiting_sequences, rig.fakes[0].status.waiting_tokens = 1, 500
-        await until(lambda: rig.service.fleet.workers["p0"].load.wait_s > 0)
+            fake.status.prefill_coefficients.extend([0.0, 1e-3, 0.0])
+        queued = router_pb2.QueuedPrompt(sequence_id="another router's", remaining_tokens=500, running=True)
+        rig.fakes[0].status.prompts.append(queued)
+        await until(lambda: len(rig.service.fleet.workers["p0"].load.backlog) == 1)
         explained = await rig.stub.Explain(router_pb2.ExplainRequest(request=rig.request(prompt=LONG)))
         assert explained.prompt_tokens == 40
         options = [(o.prefill_worker, o.decode_worker, bool(o.refused)) for o in explained.options]
         assert options == [("p1", "d0", False), ("p0", "d0", False), ("", "d0", True)]
-        assert explained.options[1].cost_s == pytest.approx(0.54)
+        assert 0.044 < explained.options[1].cost_s <= 0.544
         assert not any(fake.starts for fake in rig.fakes)
+
+
+async def test_what_other_routers_sent_comes_and_goes_with_the_status() -> None:
+    async with Rig() as rig:
+        fake = await rig.add("d0")
+        load = rig.service.fleet.workers["d0"].load
+        fake.status.others.MergeFrom(router_pb2.BatchShare(sequences=5, kv_tokens=500, growth_tokens=50))
+        fake.status.prompts.append(router_pb2.QueuedPrompt(sequence_id="x", remaining_tokens=500))
+        await until(lambda: load.running == 5 and len(load.backlog) == 1)
+        assert load.memory.committed_tokens == 550
+        fake.status.ClearField("others")
+        del fake.status.prompts[:]
+        await until(lambda: not load.running and not len(load.backlog))
 
 
 async def test_draining_worker_gets_no_new_work() -> None:
@@ -197,8 +210,9 @@ async def test_loads_return_to_what_workers_say() -> None:
         for _ in range(3):
             await rig.run(rig.request(4))
         await rig.quiet()
-        for load in rig.service.fleet.loads:
-            assert (load.queued_sequences, load.queued_tokens, load.running, load.sent) == (0, 0, 0, 3)
+        for worker in rig.service.fleet.workers.values():
+            load = worker.load
+            assert (len(load.backlog), load.backlog.tokens, load.memory.committed_tokens, load.sent) == (0, 0, 0, 3)
 
 
 @pytest.mark.parametrize("setting", [{"max_in_flight": 0}, {"status_timeout_s": 0.0}, {"drain_s": -1.0}])

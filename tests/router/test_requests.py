@@ -8,6 +8,7 @@ import time
 import grpc
 import pytest
 
+from headway.core.load import WorkerLoad
 from headway.v1 import common_pb2, router_pb2
 from tests.router.fakes import PROMPT, Fake, Got, Rig, expected, until
 
@@ -117,11 +118,15 @@ async def test_too_many_in_flight_are_refused_with_a_hint() -> None:
         await rig.quiet()
 
 
+def load(rig: Rig, worker_id: str) -> WorkerLoad:
+    return rig.service.fleet.workers[worker_id].load
+
+
 async def test_full_queues_are_refused() -> None:
     async with Rig(max_queued=2) as rig:
         fake = await rig.add("m0")
         fake.status.waiting_sequences = 2
-        await until(lambda: rig.service.fleet.loads[0].queued_sequences == 2)
+        await until(lambda: load(rig, "m0").queued == 2)
         code, sentence = await rig.refused(rig.request(5))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "queue is full" in sentence
@@ -131,7 +136,7 @@ async def test_prompt_larger_than_the_slab_is_refused_at_once() -> None:
     async with Rig() as rig:
         fake = await rig.add("m0")
         fake.status.total_slots = 2
-        await until(lambda: rig.service.fleet.loads[0].total_slots == 2)
+        await until(lambda: load(rig, "m0").total_slots == 2)
         started = time.monotonic()
         code, sentence = await rig.refused(rig.request(5, prompt=[1] * 30))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -275,7 +280,7 @@ async def test_long_prompts_come_in_pieces() -> None:
         fake.card = replace(fakes.CARD, context_tokens=40_000)
         await fake.start(rig.address)
         rig.fakes.append(fake)
-        await until(lambda: rig.service.fleet.loads and rig.service.fleet.loads[0].ready)
+        await until(lambda: rig.service.fleet.workers and load(rig, "m0").ready)
         prompt = [at % 200 for at in range(20_000)]
         died = False
 

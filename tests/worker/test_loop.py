@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from headway.core.fit import Timing
 from headway.core.keys import block_keys
+from headway.core.order import Order
 from headway.core.sampling import Sampling
 from headway.core.sequence import Finish
 from headway.core.sequence import Sequence as Running
@@ -25,6 +27,8 @@ from tests.worker.store import LittleStore
 
 class Heard:
     """A sink that remembers."""
+
+    router_id = "r"
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -70,7 +74,7 @@ class Bench:
 
     def __init__(self, limits: StepLimits) -> None:
         self.engine, self.store = GatedEngine(), LittleStore()
-        self.loop = EngineLoop(self.engine, limits, growth_tokens=16, acquire_timeout_s=1.0)
+        self.loop = EngineLoop(self.engine, limits, Order(), Timing(), growth_tokens=16, acquire_timeout_s=1.0)
         self.loop.leases.use(self.store)  # type: ignore[arg-type]
         self.loop.attached(self.store.slab())
         self.task: asyncio.Task[None] | None = None
