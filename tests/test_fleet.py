@@ -139,3 +139,43 @@ def test_workers_are_dealt_to_nodes() -> None:
     spec = FleetSpec(prefill=2, decode=1, nodes=2)
     assert spec.workers == [("prefill-0", "prefill", 0), ("prefill-1", "prefill", 1), ("decode-0", "decode", 0)]
     assert spec.kvstores == ["kvstore", "kvstore-1"]
+
+
+def test_workers_come_and_drain_while_the_fleet_runs(tmp_path: Path) -> None:
+    with Fleet(SIM, tmp_path) as fleet:
+        fleet.wait_ready(60)
+        name = fleet.add_worker("prefill")
+        assert name == "prefill-1"
+        assert {worker.worker_id for worker in fleet.wait_ready(60).workers} == {"prefill-0", "prefill-1", "decode-0"}
+        fleet.drain(name)
+        fleet.wait_gone(name, 20.0)
+        with Client(fleet.address) as client:
+            until = time.monotonic() + 5.0
+            while len(client.fleet().workers) > 2 and time.monotonic() < until:
+                time.sleep(0.05)
+            assert {worker.worker_id for worker in client.fleet().workers} == {"prefill-0", "decode-0"}
+            assert client.generate([1, 2, 3], max_tokens=3).finished.usage.output_tokens == 3
+        assert fleet.add_worker("prefill") == "prefill-2", "a name is not given twice"
+        fleet.wait_ready(60)
+
+
+def test_several_routers_know_the_same_workers(tmp_path: Path) -> None:
+    with Fleet(FleetSpec(model="sim", engine="sim", slab_bytes=1 << 20, routers=2), tmp_path) as fleet:
+        fleet.wait_ready(60)
+        assert len(fleet.addresses) == 2
+        for address in fleet.addresses:
+            with Client(address) as client:
+                assert client.generate([1, 2, 3], max_tokens=3).finished.usage.output_tokens == 3
+                assert {worker.worker_id for worker in client.fleet().workers} == {"prefill-0", "decode-0"}
+        fleet.kill("router")
+        with Client(fleet.addresses[1]) as client:
+            assert client.generate([4, 5, 6], max_tokens=3).finished.usage.output_tokens == 3
+
+
+def test_a_supervised_fleet_keeps_its_workers(tmp_path: Path) -> None:
+    spec = FleetSpec(model="sim", engine="sim", slab_bytes=1 << 20, supervise=True)
+    with Fleet(spec, tmp_path) as fleet:
+        fleet.wait_ready(60)
+        for action in (lambda: fleet.add_worker("prefill"), lambda: fleet.drain("prefill-0")):
+            with pytest.raises(FleetError, match="keeps the workers that it started with"):
+                action()

@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,11 +35,20 @@ class Fleet:
         # Children die with the thread that started them (see shim.py): one thread starts all and lives until the stop.
         self._starter = ThreadPoolExecutor(1, "fleet-starter")
         self._supervisor: Supervisor | None = None
+        # (name, role, node) of those that should run.
+        self._workers: list[tuple[str, str, int]] = []
+        # Workers ever started, by role: a name is not given twice.
+        self._added = Counter(role for _, role, _ in spec.workers)
 
     @property
     def address(self) -> str:
-        """host:port of the router."""
+        """host:port of the first router."""
         return self._get("router").address
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of all routers."""
+        return [self.address_of(name) for name in self.spec.router_names]
 
     @property
     def kvstore_address(self) -> str:
@@ -73,12 +83,48 @@ class Fleet:
             self._supervisor = Supervisor(self._processes.values(), self._launch)
         return self
 
+    def add_worker(self, role: str) -> str:
+        """Start one more "prefill", "decode" or "mixed" worker; its name, once it listens (see `wait_ready`).
+
+        Neither this nor `drain` is for a fleet that is supervised.
+        """
+        if self._supervisor is not None:
+            raise FleetError("a supervised fleet keeps the workers that it started with")
+        at = self._added[role]
+        self._added[role] += 1
+        name, node = f"{role}-{at}", at % self.spec.nodes
+        self._add_worker(name, role, node)
+        self._wait_listening([name], time.monotonic() + START_S)
+        return name
+
+    def drain(self, name: str) -> None:
+        """SIGTERM: a worker takes no new work, ends what it has, and goes; see `wait_gone`."""
+        if self._supervisor is not None:
+            raise FleetError("a supervised fleet keeps the workers that it started with")
+        self._get(name).signal(signal.SIGTERM)
+        self._workers = [worker for worker in self._workers if worker[0] != name]
+
+    def wait_gone(self, name: str, timeout_s: float) -> None:
+        """Until the process has ended by itself."""
+        process, deadline_s = self._get(name), time.monotonic() + timeout_s
+        while process.alive:
+            if time.monotonic() > deadline_s:
+                raise FleetError(f"{name} has not ended after {timeout_s:g} s; {process.tail()}")
+            time.sleep(0.02)
+        del self._processes[name]
+
     def wait_ready(self, timeout_s: float = START_S) -> FleetView:
-        """Until the router says that every worker is attached and ready (and is the process that runs now)."""
-        names = {name for name, _, _ in self.spec.workers}
+        """Until every router says that every worker is attached and ready (and is the process that runs now); the view
+        of the last router.
+        """
+        views = [self._wait_ready(address, timeout_s) for address in self.addresses]
+        return views[-1]
+
+    def _wait_ready(self, address: str, timeout_s: float) -> FleetView:
+        names = {name for name, _, _ in self._workers}
         deadline_s = time.monotonic() + timeout_s
         missing = names
-        with Client(self.address) as client:
+        with Client(address) as client:
             while time.monotonic() < deadline_s:
                 view = self._view(client)
                 if view is not None:
@@ -116,7 +162,8 @@ class Fleet:
             self._supervisor.stop()
             self._supervisor = None
         stores = set(self.spec.kvstores)
-        for group in (["router"], self._processes.keys() - stores - {"router"}, stores):
+        routers = set(self.spec.router_names)
+        for group in (routers, self._processes.keys() - stores - routers, stores):
             _end([self._processes[name] for name in group if name in self._processes])
         self._starter.shutdown()
         remove_slabs(self._slabs)
@@ -132,13 +179,19 @@ class Fleet:
         for node, name in enumerate(self.spec.kvstores):
             flags = self.spec.flags_of_kvstore(node, self._slabs[node], str(self.run_dir))
             self._add(name, "kvstore", "kvstore", flags, node)
-        self._add("router", "router", "router", self.spec.extra_flags("router", "router"), 0, self.spec.port)
-        self._wait_listening([*self.spec.kvstores, "router"], deadline_s)
+        for at, name in enumerate(self.spec.router_names):
+            port = 0 if at else self.spec.port
+            self._add(name, "router", "router", self.spec.extra_flags("router", name), 0, port)
+        self._wait_listening([*self.spec.kvstores, *self.spec.router_names], deadline_s)
         for name, role, node in self.spec.workers:
-            store = self.address_of(self.spec.kvstores[node])
-            flags = self.spec.flags_of_worker(name, role, store, self.address)
-            self._add(name, role, "prefill" if role == "prefill" else "decode", flags, node)
+            self._add_worker(name, role, node)
         self._wait_listening([name for name, _, _ in self.spec.workers], deadline_s)
+
+    def _add_worker(self, name: str, role: str, node: int) -> None:
+        self._workers.append((name, role, node))
+        store = self.address_of(self.spec.kvstores[node])
+        flags = self.spec.flags_of_worker(name, role, store, self.addresses, str(self.run_dir))
+        self._add(name, role, "prefill" if role == "prefill" else "decode", flags, node)
 
     def _add(self, name: str, role: str, service: str, flags: list[str], node: int, port: int = 0) -> None:
         env, place = self.spec.extra_env(role, name), self.spec.place(node)
@@ -155,8 +208,8 @@ class Fleet:
     def _view(self, client: Client) -> FleetView | None:
         """None while the router does not answer. Without a supervisor, a dead process ends the wait."""
         if self._supervisor is None:
-            for process in self._processes.values():
-                process.check()
+            for name in [*self.spec.kvstores, *self.spec.router_names, *(name for name, _, _ in self._workers)]:
+                self._get(name).check()
         try:
             return client.fleet()
         except HeadwayClientError:

@@ -14,15 +14,16 @@ SIM_SLAB_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class FleetSpec:
-    """Numbers of workers, and what they serve. Names are router, kvstore (kvstore-1, … on further nodes),
+    """Numbers of workers, and what they serve. Names are router (router-1, …), kvstore (kvstore-1, … on further nodes),
     prefill-0, decode-0, mixed-0, and so on.
 
-    Workers are dealt to the nodes in turn; each node has one kvstore. `port` is the router's, 0 lets the kernel choose.
-    `slab_bytes` is per kvstore (None: 1 GiB, or 64 MiB for simulated engines), `threads` per worker (None: the cores
-    shared evenly). `worker_flags` go to every worker; `flags` and `env` add to those of a role ("kvstore", "router",
-    "prefill", "decode", "mixed") or of one process ("decode-1"). `supervise` restarts what dies, on its old port.
+    Workers are dealt to the nodes in turn; each node has one kvstore. `port` is the first router's, 0 lets the kernel
+    choose. `slab_bytes` is per kvstore (None: 1 GiB, or 64 MiB for simulated engines), `threads` per worker (None: the
+    cores shared evenly). `worker_flags` go to every worker; `flags` and `env` add to those of a role ("kvstore",
+    "router", "prefill", "decode", "mixed") or of one process ("decode-1"). `supervise` restarts what dies, on its old
+    port.
 
-    `places` are those of the nodes (none: all on loopback); the router runs at the first.
+    `places` are those of the nodes (none: all on loopback); the routers run at the first.
 
     Raises ValueError.
     """
@@ -36,6 +37,7 @@ class FleetSpec:
     threads: int | None = None
     port: int = 0
     nodes: int = 1
+    routers: int = 1
     worker_flags: Sequence[str] = ()
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -45,8 +47,8 @@ class FleetSpec:
     def __post_init__(self) -> None:
         if self.places and len(self.places) != self.nodes:
             raise ValueError(f"{len(self.places)} places were given for {self.nodes} nodes")
-        if min(self.prefill, self.decode, self.mixed) < 0 or self.nodes < 1:
-            raise ValueError("a fleet cannot have a negative number of workers, nor less than one node")
+        if min(self.prefill, self.decode, self.mixed) < 0 or self.nodes < 1 or self.routers < 1:
+            raise ValueError("a fleet cannot have a negative number of workers, nor less than one node or router")
         if not self.mixed and not (self.prefill and self.decode):
             raise ValueError("a fleet needs a mixed worker, or at least one prefill and one decode worker")
 
@@ -55,6 +57,10 @@ class FleetSpec:
         """(name, role, node) of each worker."""
         counts = {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
         return [(f"{role}-{at}", role, at % self.nodes) for role, count in counts.items() for at in range(count)]
+
+    @property
+    def router_names(self) -> list[str]:
+        return ["router", *(f"router-{at}" for at in range(1, self.routers))]
 
     @property
     def kvstores(self) -> list[str]:
@@ -70,11 +76,12 @@ class FleetSpec:
         flags += ["--transfer-host", self.place(node).host]
         return [*flags, "--run-dir", run_dir, *self.extra_flags("kvstore", self.kvstores[node])]
 
-    def flags_of_worker(self, name: str, role: str, kvstore: str, router: str) -> list[str]:
-        """`kvstore` and `router` are addresses."""
+    def flags_of_worker(self, name: str, role: str, kvstore: str, routers: Sequence[str], run_dir: str) -> list[str]:
+        """`kvstore` and `routers` are addresses."""
         threads = self.threads or max(1, (os.cpu_count() or 1) // len(self.workers))
-        flags = ["--worker-id", name, "--kvstore", kvstore, "--routers", router, "--model", self.model]
+        flags = ["--worker-id", name, "--kvstore", kvstore, "--routers", ",".join(routers), "--model", self.model]
         flags += ["--engine", self.engine, "--threads", str(threads)]
+        flags += ["--timing-file", f"{run_dir}/{name}.timing.json"]
         if role != "prefill":
             flags += ["--role", role]
         return [*flags, *self.worker_flags, *self.extra_flags(role, name)]
