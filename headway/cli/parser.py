@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from headway.cli import ask, model, show, up
+from headway.cli import ask, calibrate, model, replay, show, simulate, up
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -17,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_ask(commands)
     _add_show(commands)
     _add_model(commands)
+    _add_simulate(commands)
     return parser
 
 
@@ -70,6 +71,18 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add.add_argument("--name", metavar="NAME", help="under which it will be known (default: its own)")
     listing = actions.add_parser("list", help="the models that --model knows by name")
     listing.set_defaults(run=model.list_models)
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("simulate", help="what a fleet would do with a trace, policy by policy")
+    command.set_defaults(run=simulate.run)
+    simulate.add_arguments(command)
+    command = commands.add_parser("replay", help="the same against real services with simulated engines")
+    command.set_defaults(run=replay.run)
+    replay.add_arguments(command)
+    command = commands.add_parser("calibrate", help="measure this machine, as hardware to simulate")
+    command.set_defaults(run=calibrate.run)
+    calibrate.add_arguments(command)
 
 
 def _add_address(command: argparse.ArgumentParser) -> None:

@@ -1,0 +1,1 @@
+"""The simulator: the routing policy, the workers' order and the fleet under virtual time."""

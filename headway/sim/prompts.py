@@ -1,0 +1,84 @@
+"""The prompts of a simulated worker, in its order."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+
+from headway.core.order import Key, Order
+from headway.core.predict import Predictor
+from headway.core.step import StepLimits, Work, plan_step, prompt_key
+from headway.sim.node import SimNode
+from headway.sim.sequence import SimSequence
+
+# Waiting prompts that one forward looks at, beyond those that it can take.
+LOOK_AHEAD = 8
+
+
+class Prompts:
+    """Waits for what is pulled, and plans forwards with core.step."""
+
+    def __init__(self, node: SimNode, block_size: int, predictor: Predictor, limits: StepLimits, order: Order) -> None:
+        self._node = node
+        self._block_size = block_size
+        self._predictor = predictor
+        self._limits = limits
+        self._order = order
+        self._waiting: list[tuple[Key, int, SimSequence]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, sequence: SimSequence) -> None:
+        """Its `computed` is what is thought to be cached, until the cache says how much there is."""
+        sequence.key = prompt_key(sequence, self._predictor, self._order)
+        insort(self._waiting, (sequence.key, sequence.number, sequence))
+
+    def plan(self, running: Sequence[SimSequence], batch: int) -> list[Work[SimSequence]]:
+        """Work on prompts for the next forward, beside `running` of a `batch` that decode; empty when none is ready."""
+        most = self._limits.batch + LOOK_AHEAD
+        while True:
+            ready: list[SimSequence] = []
+            for _, _, sequence in self._waiting:
+                if sequence.landed:
+                    ready.append(sequence)
+                    if len(ready) == most:
+                        break
+            if not ready:
+                return []
+            work = plan_step([*running, *ready], self._limits, self._predictor, self._order)[batch:]
+            # Until the plan agrees with what the cache has.
+            if not [item for item in work if self._refresh(item.sequence)]:
+                return work
+
+    def start(self, item: Work[SimSequence], now_s: float) -> None:
+        """Its first chunk is computed now, and its cached prefix read."""
+        sequence = item.sequence
+        sequence.started_s = now_s
+        sequence.cached = item.start
+        self._node.use(sequence.request.keys[: -(-item.start // self._block_size)])
+
+    def computed(self, item: Work[SimSequence]) -> None:
+        """What was planned is done; full blocks are cached from now on, with the last chunk all of them."""
+        sequence = item.sequence
+        self._waiting.remove((sequence.key, sequence.number, sequence))
+        sequence.computed = item.start + item.count
+        keys = sequence.request.keys
+        if item.draws:
+            self._node.add(keys)
+        else:
+            self._node.add(keys[: sequence.computed // self._block_size])
+            self.add(sequence)
+
+    def _refresh(self, sequence: SimSequence) -> bool:
+        """Whether its place in the queue changed, because the cache has more or less than was thought."""
+        if sequence.started_s is not None:
+            return False
+        blocks = self._node.leading(sequence.request.keys)
+        computed = min(blocks * self._block_size, sequence.request.prompt_tokens - 1)
+        if computed == sequence.computed:
+            return False
+        self._waiting.remove((sequence.key, sequence.number, sequence))
+        sequence.computed = computed
+        self.add(sequence)
+        return True
