@@ -1,0 +1,1 @@
+"""Real services with simulated engines under a trace: see __main__."""

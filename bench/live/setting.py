@@ -1,0 +1,132 @@
+"""The fleet and the trace of `bench.live`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.report import progress
+from headway.core.predict import Predictor
+from headway.core.step import StepLimits
+from headway.replay.drive import Seen
+from headway.replay.live import Live, replay
+from headway.replay.seen import gaps, ttfts
+from headway.sim.fleet import Outcome, Scenario, SimFleet
+from headway.sim.hardware import Linear
+from headway.sim.policies import Entry, entries
+from headway.sim.presets import STUDY
+from headway.sim.summary import percentile
+from headway.sim.trace import Trace, read_trace
+
+TRACE = "mooncake_conversation_trace.jsonl"
+SESSIONS, SPEED = 8, 20.0
+# The study's prefill workers, so many times as fast. The first loads the reference's to nine tenths, the second ours to
+# the brim, where queues are long.
+USUAL, HEAVY = 3.6, 2.8
+# Where queues decide; shorter times are those of single forwards and messages.
+LEAST_TTFT_S = 0.2
+# Room for what runs at once beside the cache: requests that wait for slots are nothing that the simulator knows.
+NODE_TOKENS = 2_560_000
+LINK_S, LINK_BYTES_PER_S = 0.01, 1e9
+
+
+def hardware(times: float) -> Linear:
+    """A decode step takes 40 ms, so that two cores can carry eight workers, a router and the clients."""
+    _, b, c = STUDY.predictor.prefill
+    predictor = Predictor((0.005, b / times, c / times), (0.04, 2e-4, 0.0))
+    return Linear("live", "the study's, faster", predictor, token_bytes=8, cache_tokens=NODE_TOKENS, batch=64)
+
+
+def scenario(times: float, **changes: Any) -> Scenario:
+    """4 prefill and 4 decode workers on 4 nodes, prompts in chunks."""
+    made = Scenario(
+        hardware(times),
+        prefill=4,
+        decode=4,
+        nodes=4,
+        limits=StepLimits(batch=64, chunk_tokens=1 << 20, chunk_s=0.25, shared_chunk_s=0.05),
+        link_bytes_per_s=LINK_BYTES_PER_S,
+        link_latency_s=LINK_S,
+        local_prefill_tokens=2048,
+        itl_objective_s=0.15,
+    )
+    return replace(made, **changes)
+
+
+def find_trace(folder: Path, *, quick: bool) -> Trace:
+    """Every eighth session, whole, 20 times as fast; the first minute of it for a quick run."""
+    for path in (folder / TRACE, folder / f"{TRACE}.gz"):
+        if path.exists():
+            trace = read_trace(path).every(SESSIONS).faster(SPEED)
+            return until(trace, 20.0) if quick else trace
+    raise SystemExit(f"bench.live: there is no {TRACE}[.gz] in {folder}")
+
+
+def until(trace: Trace, seconds: float) -> Trace:
+    return replace(trace, requests=[request for request in trace.requests if request.arrival_s <= seconds])
+
+
+@dataclass
+class Run:
+    """A policy on a trace, live and simulated."""
+
+    name: str
+    seen: list[Seen]
+    outcome: Outcome
+
+    def row(self) -> dict[str, Any]:
+        live, simulated = ttfts(self.seen), sorted(s.ttft_s or 0.0 for s in self.outcome.sequences)
+        steps = gaps(self.seen)
+        return {
+            "live": _ttft(live),
+            "simulated": _ttft(simulated),
+            "simulated load": round(self.outcome.load, 3),
+            "itl_p50_ms": round(percentile(steps, 0.5) * 1e3, 1),
+            "itl_p99_ms": round(percentile(steps, 0.99) * 1e3, 1),
+            "failed": sum(not one.ok for one in self.seen),
+            "sent late p99": round(percentile(sorted(one.late_s for one in self.seen), 0.99), 4),
+            "error p50, p90": [round(value, 3) for value in self.errors()],
+            "p90 over unloaded": round(self.p90_over_unloaded(), 2),
+        }
+
+    @property
+    def mean_s(self) -> float:
+        times = ttfts(self.seen)
+        return sum(times) / len(times)
+
+    def errors(self) -> tuple[float, float]:
+        """live / simulated − 1 at p50 and p90, of requests whose TTFT was at least 200 ms."""
+        live = [time for time in ttfts(self.seen) if time >= LEAST_TTFT_S]
+        simulated = sorted(s.ttft_s or 0.0 for s in self.outcome.sequences)
+        simulated = [time for time in simulated if time >= LEAST_TTFT_S]
+        p50, p90 = (percentile(live, share) / percentile(simulated, share) - 1 for share in (0.5, 0.9))
+        return p50, p90
+
+    def p90_over_unloaded(self) -> float:
+        """Simulated p90 over that of what each request had to compute, without any waiting."""
+        machine = self.outcome.scenario.hardware
+        alone = sorted(machine.prefill_s(s.request.prompt_tokens - s.cached, s.cached) for s in self.outcome.sequences)
+        return percentile(sorted(s.ttft_s or 0.0 for s in self.outcome.sequences), 0.9) / percentile(alone, 0.9)
+
+
+def _ttft(times: list[float]) -> dict[str, float]:
+    shares = {f"p{share * 100:.0f}_s": round(percentile(times, share), 3) for share in (0.5, 0.9, 0.99)}
+    return {"mean_s": round(sum(times) / len(times), 3), **shares}
+
+
+def run(name: str, trace: Trace, where: Scenario, routers: int = 1, policy: str = "headway") -> Run:
+    """Live, then simulated."""
+    entry: Entry = entries()[policy]
+    progress(f"{name}: {len(trace)} requests in {trace.span_s:.0f} s")
+    seen = replay(trace, Live(where, entry, routers), on_done=lambda _: None)
+    made = Run(name, seen, SimFleet(trace, where, entry).run())
+    progress(f"  {made.row()}")
+    return made
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--traces", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", help="parts, separated by commas")

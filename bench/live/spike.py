@@ -1,0 +1,161 @@
+"""A spike of ten times the load for five seconds in the middle; and three times what the fleet can do, for a minute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+
+from bench.live.setting import LINK_S, hardware, scenario
+from bench.report import progress
+from headway.client import Client
+from headway.client.request import Options
+from headway.fleet import Fleet
+from headway.replay.drive import Replay, Seen
+from headway.replay.live import Live, replay
+from headway.replay.seen import in_slo
+from headway.sim.policies import entries
+from headway.sim.summary import Objective, percentile
+from headway.sim.trace import Trace, TraceRequest
+
+# The base load, so many times below that of the other runs: 2.5 such spikes' worth of room is left to drain one.
+SLOWER = 2.2
+SPIKE, SPIKE_S, SPIKE_AT_S = 10.0, 5.0, 40.0
+LONG_S = 100.0
+OVERLOAD, OVERLOAD_S = 3.0, 60.0
+# A refusal that takes longer than this was no refusal at once: the request counts as admitted, and as missed.
+AT_ONCE_S = 0.5
+# The longest answer takes a minute and a half.
+DEADLINE_S = 240.0
+OBJECTIVE = Objective(1.0, 2.0)
+
+
+@dataclass
+class Watch:
+    """What the router said of the queues while a replay ran: (seconds, tokens waiting, prompts waiting)."""
+
+    until_s: float
+    samples: list[tuple[float, int, int]] = field(default_factory=list)
+
+    def __call__(self, fleet: Fleet, run: Replay) -> None:
+        with Client(fleet.address) as client:
+            while run.now_s < self.until_s:
+                view = client.fleet()
+                tokens = sum(worker.waiting_tokens for worker in view.workers)
+                prompts = sum(worker.waiting_sequences for worker in view.workers)
+                self.samples.append((run.now_s, tokens, prompts))
+                time.sleep(0.1)
+
+
+def with_spike(trace: Trace, at_s: float, seconds: float, factor: float) -> Trace:
+    """`factor` · `seconds` of arrivals from `at_s` on come within `seconds`, and the later ones that much sooner."""
+    saved = seconds * (factor - 1)
+
+    def moved(arrival_s: float) -> float:
+        if arrival_s <= at_s:
+            return arrival_s
+        if arrival_s <= at_s + factor * seconds:
+            return at_s + (arrival_s - at_s) / factor
+        return arrival_s - saved
+
+    return replace(trace, requests=[replace(r, arrival_s=moved(r.arrival_s)) for r in trace.requests])
+
+
+def objective_s(times: float) -> Callable[[TraceRequest], Options]:
+    """Each request's own objective, and that it is refused when it cannot be met."""
+    machine = hardware(times)
+
+    def options(request: TraceRequest) -> Options:
+        return {"ttft_objective_s": OBJECTIVE.seconds(request, machine), "refuse_late": True, "deadline_s": DEADLINE_S}
+
+    return options
+
+
+def admitted(seen: Sequence[Seen]) -> list[Seen]:
+    """All but those that were refused at once."""
+    return [
+        one
+        for one in seen
+        if one.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or one.ended_s is None or one.ended_s > AT_ONCE_S
+    ]
+
+
+def hung(seen: Sequence[Seen]) -> int:
+    """Those that had no end within their deadline."""
+    return sum(one.code is grpc.StatusCode.DEADLINE_EXCEEDED for one in seen)
+
+
+def in_time(seen: Sequence[Seen], times: float) -> list[Seen]:
+    return [one for one in in_slo(seen, hardware(times), OBJECTIVE) if one.ok]
+
+
+def spike(trace: Trace, times: float) -> dict[str, Any]:
+    """Streams that run when the spike comes keep their pace; what is admitted is in time; the queue drains."""
+    base = trace.faster(1 / SLOWER)
+    spiked = with_spike(base, SPIKE_AT_S, SPIKE_S, SPIKE)
+    spiked = replace(spiked, requests=[r for r in spiked.requests if r.arrival_s <= LONG_S])
+    watch = Watch(LONG_S)
+    where = scenario(times, itl_objective_s=0.055)
+    progress(f"spike: {len(spiked)} requests in {spiked.span_s:.0f} s")
+    live = Live(where, entries()["headway"])
+    seen = replay(spiked, live, options=objective_s(times), during=watch, on_done=lambda _: None)
+    let_in, good = admitted(seen), in_time(seen, times)
+    end_s = SPIKE_AT_S + SPIKE_S
+    before, during = running_gaps(seen, SPIKE_AT_S, SPIKE_AT_S, SPIKE_S)
+    usual = percentile(sorted(tokens for at, tokens, _ in watch.samples if at < SPIKE_AT_S), 0.95)
+    peak = max((sample for sample in watch.samples if SPIKE_AT_S <= sample[0] <= end_s + 1), key=lambda s: s[1])
+    backlog_s = peak[1] * where.hardware.predictor.prefill[1] / where.prefill
+    drained_s = next((at - peak[0] for at, tokens, _ in watch.samples if at > peak[0] and tokens <= usual), LONG_S)
+    return {
+        "requests": len(seen),
+        "refused at once": len(seen) - len(let_in),
+        "admitted_in_slo": len(good) / len(let_in),
+        "itl_p99_before_ms": round(percentile(before, 0.99) * 1e3, 1),
+        "itl_p99_during_ms": round(percentile(during, 0.99) * 1e3, 1),
+        "itl_p99_ratio": percentile(during, 0.99) / percentile(before, 0.99),
+        "backlog_s": round(backlog_s, 2),
+        "drained_s": round(drained_s, 2),
+        "drained_vs_backlog": drained_s / max(backlog_s, LINK_S),
+        "hung": hung(seen),
+        "other failures": sorted({one.details for one in seen if not one.ok and one.code.name != "RESOURCE_EXHAUSTED"}),
+    }
+
+
+def running_gaps(seen: Sequence[Seen], at_s: float, from_s: float, seconds: float) -> tuple[list[float], list[float]]:
+    """Sorted gaps of streams that run at `at_s`: in the `seconds` before, and from then on for as long."""
+    before: list[float] = []
+    during: list[float] = []
+    for one in seen:
+        if one.first_token_s is None or one.first_token_s >= at_s or (one.finished_s or at_s) < at_s:
+            continue
+        for gap, at in zip(one.gaps_s, one.token_times_s[1:], strict=True):
+            if from_s - seconds <= at < from_s:
+                before.append(gap)
+            elif from_s <= at < from_s + seconds:
+                during.append(gap)
+    return sorted(before), sorted(during)
+
+
+def overload(trace: Trace, times: float) -> dict[str, Any]:
+    """Requests in time a second at three times the load, over those at the load itself."""
+    rates = {}
+    for name, factor in (("at capacity", 1.0), ("overload", OVERLOAD)):
+        faster = trace.faster(factor)
+        part = replace(faster, requests=[r for r in faster.requests if r.arrival_s <= OVERLOAD_S])
+        progress(f"{name}: {len(part)} requests in {OVERLOAD_S:.0f} s")
+        live = Live(scenario(times), entries()["headway"])
+        seen = replay(part, live, options=objective_s(times), on_done=lambda _: None)
+        good = in_time(seen, times)
+        rates[name] = {
+            "requests": len(seen),
+            "in_time_per_s": round(len(good) / OVERLOAD_S, 3),
+            "tokens_in_time_per_s": round(sum(one.request.prompt_tokens for one in good) / OVERLOAD_S),
+            "admitted_in_slo": round(len(good) / max(1, len(admitted(seen))), 4),
+            "hung": hung(seen),
+        }
+        progress(f"  {rates[name]}")
+    ratio = rates["overload"]["in_time_per_s"] / rates["at capacity"]["in_time_per_s"]
+    return {**rates, "goodput_ratio": ratio}
