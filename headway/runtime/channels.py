@@ -6,6 +6,8 @@ import grpc
 
 from headway.runtime.server import MAX_MESSAGE_BYTES
 
+# Metadata of a Run call: which router it is from.
+ROUTER_ID = "headway-router-id"
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
