@@ -16,8 +16,9 @@ def test_a_short_measurement_finds_the_speed() -> None:
     engine = SimulatedEngine(simulated_card(), Latency((2e-3, 2e-5, 0.0), (3e-3, 1e-3, 0.0)))
     timing = Timing()
     measure(engine, timing, 2.0)
-    assert timing.predictor.prefill_s(1000, 0) == pytest.approx(0.022, rel=0.3)
-    assert timing.predictor.step_s(4, 1000) == pytest.approx(0.007, rel=0.4)
+    # Never sooner than the engine sleeps; how much later is the machine's affair.
+    assert 0.02 < timing.predictor.prefill_s(1000, 0) < 0.1
+    assert 0.006 < timing.predictor.step_s(4, 1000) < 0.05
     assert timing.prefill.count
     assert timing.step.count
 
