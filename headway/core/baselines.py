@@ -5,6 +5,7 @@ What they know is what they would know there: cached prefixes from block events,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
 
@@ -16,16 +17,16 @@ from headway.core.policy import Candidate, Planner, Policy, Way
 Draw = Callable[[], float]
 
 
-class Simple:
+class Simple(ABC):
     """Picks the candidate with the smallest cost, ties by lot; no pulls."""
 
     def __init__(self, planner: Planner, draw: Draw) -> None:
         self._planner = planner
         self._draw = draw
 
+    @abstractmethod
     def cost(self, ask: Ask, candidate: Candidate) -> float:
         """Smaller is better."""
-        raise NotImplementedError
 
     def pick(self, ask: Ask, candidates: Sequence[Candidate], now_s: float) -> Way:
         chosen = min(candidates, key=lambda candidate: (self.cost(ask, candidate), self._draw()))
