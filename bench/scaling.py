@@ -52,8 +52,8 @@ class Case:
     role: str
     rate: float
     added: int = 2
-    ready_s: list[float] = field(default_factory=list)
-    first_traffic_s: list[float] = field(default_factory=list)
+    # When each added worker was ready, by name.
+    ready_s: dict[str, float] = field(default_factory=dict)
 
 
 def scenario(case: Case) -> Scenario:
@@ -106,20 +106,23 @@ async def drive(run: Replay, fleet: Fleet, during: During) -> list[Seen]:
 
 
 def wait_ready(fleet: Fleet, case: Case, names: Sequence[str], run: Replay) -> None:
-    """When each of them was ready, and when the router first sent it something."""
-    ready: dict[str, float] = {}
-    used: dict[str, float] = {}
+    """When the router first said of each of them that it was ready."""
     with Client(fleet.address) as client:
         until = time.monotonic() + 30.0
-        while len(used) < len(names) and time.monotonic() < until:
+        while len(case.ready_s) < len(names) and time.monotonic() < until:
             for worker in client.fleet().workers:
                 if worker.worker_id in names and worker.ready:
-                    ready.setdefault(worker.worker_id, run.now_s)
-                    if worker.waiting_sequences or worker.running_sequences:
-                        used.setdefault(worker.worker_id, run.now_s)
-            time.sleep(0.05)
-    case.ready_s = [ready.get(name, float("inf")) for name in names]
-    case.first_traffic_s = [used.get(name, float("inf")) - ready.get(name, 0.0) for name in names]
+                    case.ready_s.setdefault(worker.worker_id, run.now_s)
+            time.sleep(0.02)
+
+
+def traffic_after_s(case: Case, seen: Sequence[Seen]) -> list[float]:
+    """For each added worker: from ready until the arrival of the first request that it served."""
+    first = dict.fromkeys(case.ready_s, float("inf"))
+    for one in seen:
+        for name in {one.prefill_worker, one.decode_worker} & first.keys():
+            first[name] = min(first[name], one.request.arrival_s)
+    return [first[name] - ready_s for name, ready_s in case.ready_s.items()]
 
 
 def figures(case: Case, seen: Sequence[Seen], stretch_s: float) -> dict[str, Any]:
@@ -134,8 +137,8 @@ def figures(case: Case, seen: Sequence[Seen], stretch_s: float) -> dict[str, Any
         "ttft_p50_ratio": after["ttft_p50_s"] / before["ttft_p50_s"],
         "itl_p99_ratio": after["itl_p99_s"] / before["itl_p99_s"],
         "itl_p50_ratio": after["itl_p50_s"] / before["itl_p50_s"],
-        "ready after": [round(at - 2 * stretch_s, 2) for at in case.ready_s],
-        "traffic after ready": [round(at, 2) for at in case.first_traffic_s],
+        "ready after": [round(at - 2 * stretch_s, 2) for at in case.ready_s.values()],
+        "traffic after ready": [round(after_s, 2) for after_s in traffic_after_s(case, seen)],
         "failed": failed,
     }
 

@@ -24,7 +24,7 @@ TRACE = "mooncake_conversation_trace.jsonl"
 SESSIONS, SPEED = 8, 20.0
 # The study's prefill workers, so many times as fast. The first loads the reference's to nine tenths, the second ours to
 # the brim, where queues are long.
-USUAL, HEAVY = 3.6, 2.8
+USUAL, HEAVY = 3.1, 2.2
 # Where queues decide; shorter times are those of single forwards and messages.
 LEAST_TTFT_S = 0.2
 # Room for what runs at once beside the cache: requests that wait for slots are nothing that the simulator knows.

@@ -17,8 +17,9 @@ from headway.fleet import Fleet
 from headway.replay.drive import Replay, Seen
 from headway.replay.live import Live, replay
 from headway.replay.seen import in_slo
+from headway.sim.objective import Objective
 from headway.sim.policies import entries
-from headway.sim.summary import Objective, percentile
+from headway.sim.summary import percentile
 from headway.sim.trace import Trace, TraceRequest
 
 # The base load, so many times below that of the other runs: 2.5 such spikes' worth of room is left to drain one.

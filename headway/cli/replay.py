@@ -16,9 +16,9 @@ from headway.fleet import FleetError
 from headway.replay.live import Live, replay
 from headway.replay.seen import SUMMARY_HEADS, live_row, simulated_row
 from headway.sim.fleet import Scenario, SimFleet
+from headway.sim.objective import Objective
 from headway.sim.policies import Entry
 from headway.sim.presets import HardwareError
-from headway.sim.summary import Objective
 from headway.sim.trace import Trace, TraceError
 
 

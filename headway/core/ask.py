@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,12 +30,23 @@ class Refusal(NamedTuple):
     retry_s: float = 0.0
 
 
+class Promised(NamedTuple):
+    """So many leading tokens of a prompt will be there at `ready_s`, when the prompt `name` is computed."""
+
+    tokens: int
+    ready_s: float
+    name: Hashable = None
+
+
+NOTHING = Promised(0, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A request to place.
 
     `keys`: the prompt's block keys. `resident`: node → leading tokens of the prompt that it holds; `promised`: worker →
-    what it will have computed of it for others, and when. `expected_tokens`: of the answer. Hints name workers;
+    what it will have computed of it for others. `expected_tokens`: of the answer. Hints name workers;
     `excluded` ones are avoided. `arrival_s` is of a clock that all routers share, `objective_s` (when the first token
     is due; None: whenever it comes) of placement's own.
     """
@@ -45,7 +56,7 @@ class Ask:
     arrival_s: float = 0.0
     expected_tokens: int = 0
     resident: Mapping[str, int] = field(default_factory=dict)
-    promised: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    promised: Mapping[str, Promised] = field(default_factory=dict)
     priority: int = 0
     objective_s: float | None = None
     prefill_worker: str = ""
@@ -67,13 +78,12 @@ class Ask:
 
     def own_tokens(self, worker_id: str, node: str) -> int:
         """That need not be computed at this worker: its node has them, or it will have."""
-        promised, _ = self.promised.get(worker_id, (0, 0.0))
-        return min(max(self.resident.get(node, 0), promised), self.prompt_tokens - 1)
+        promised = self.promised.get(worker_id, NOTHING)
+        return min(max(self.resident.get(node, 0), promised.tokens), self.prompt_tokens - 1)
 
-    def ready_s(self, worker_id: str, node: str, tokens: int) -> float:
-        """When so many leading tokens are there; 0 where they are now."""
-        promise = self.promised.get(worker_id)
-        return promise[1] if promise is not None and tokens > self.resident.get(node, 0) else 0.0
+    def awaits(self, worker_id: str, node: str, tokens: int) -> Promised:
+        """What has to come before so many leading tokens are there; nothing where they are now."""
+        return self.promised.get(worker_id, NOTHING) if tokens > self.resident.get(node, 0) else NOTHING
 
 
 class Option(NamedTuple):

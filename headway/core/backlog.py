@@ -7,17 +7,19 @@ from bisect import bisect_right, insort
 from collections.abc import Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from headway.core.order import Key
+from headway.core.order import Key, Order
 
 # Above every number that breaks ties.
 _LAST = math.inf
+DEFAULT_ORDER = Order()
 
 
 @dataclass(slots=True, eq=False)
 class Prompt:
     """`key`: its place in the worker's order. `exec_s`, `tokens`: what is left to compute of it.
 
-    `due_s`: when its first token was promised, on placement's clock.
+    `due_s`: when its first token was promised, on placement's clock. It cannot start before `ready_s`, nor while the
+    prompt `after`, of which it needs the prefix, is not computed.
     """
 
     name: Hashable
@@ -25,6 +27,8 @@ class Prompt:
     exec_s: float
     tokens: int
     due_s: float = math.inf
+    ready_s: float = -math.inf
+    after: Hashable = None
 
 
 class Backlog:
@@ -32,13 +36,16 @@ class Backlog:
 
     The prompt with the smallest key is taken to start as soon as the worker is free, so that between two words of the
     worker the estimate runs on by itself. `chunk_s`: seconds after which a newcomer with a smaller key interrupts the
-    running prompt; infinite where prompts are computed in one piece.
+    running prompt; infinite where prompts are computed in one piece. `order`: that of the worker.
     """
 
-    __slots__ = ("_exec_s", "_others", "_promised", "_prompts", "_waiting", "chunk_s", "running", "tokens", "until_s")
+    __slots__ = (
+        "_exec_s", "_order", "_others", "_promised", "_prompts", "_waiting", "chunk_s", "running", "tokens", "until_s",
+    )  # fmt: skip
 
-    def __init__(self, chunk_s: float = math.inf) -> None:
+    def __init__(self, chunk_s: float = math.inf, order: Order = DEFAULT_ORDER) -> None:
         self.chunk_s = chunk_s
+        self._order = order
         # Left to compute, of waiting and running prompts.
         self.tokens = 0
         self._prompts: dict[Hashable, Prompt] = {}
@@ -84,7 +91,7 @@ class Backlog:
         if left < 0.0:
             left = 0.0
         pushed = 0
-        if key < running.key and self.chunk_s != math.inf:
+        if self.chunk_s != math.inf and key < self._order.advanced(running.key, running.exec_s - left):
             pushed = 1
             if left > self.chunk_s:
                 left = self.chunk_s
@@ -94,23 +101,36 @@ class Backlog:
         ahead = bisect_right(waiting, (key, _LAST))
         return left + sum(self._exec_s[:ahead]), pushed + len(waiting) - ahead
 
-    def breaks(self, key: Key, exec_s: float, now_s: float) -> bool:
-        """Whether a newcomer with this key would make one that waits miss when it was promised, which it will not
-        without it.
+    def breaks(self, key: Key, exec_s: float, now_s: float, margin: float = 0.0) -> bool:
+        """Whether a newcomer with this key would make another miss when it was promised, which it need not without it;
+        `margin`: the share by which predicted times may be wrong.
         """
         if not self._promised:
             return False
-        running = self.running
-        until_s = now_s
-        if running is not None:
-            until_s = max(now_s, self.until_s)
-            if key < running.key and self.chunk_s != math.inf and until_s <= running.due_s < until_s + exec_s:
-                return True
-        for place, _, prompt in self._waiting:
-            until_s += prompt.exec_s
-            if place > key and until_s <= prompt.due_s < until_s + exec_s:
+        wait_s = 0.0
+        for prompt, rest_s in self._in_turn(key, now_s):
+            wait_s += rest_s
+            if prompt is not None and wait_s * (1 - margin) <= prompt.due_s - now_s < (wait_s + exec_s) * (1 + margin):
                 return True
         return False
+
+    def _in_turn(self, key: Key, now_s: float) -> Iterator[tuple[Prompt | None, float]]:
+        """Prompts as they will be done, with the seconds that each takes; None for those that go before `key`."""
+        running = self.running
+        if running is None:
+            return
+        rest_s = max(0.0, self.until_s - now_s)
+        if self.chunk_s == math.inf:
+            yield None, rest_s
+            rest_s = 0.0
+        running_key = self._order.advanced(running.key, running.exec_s - rest_s)
+        for place, _, prompt in self._waiting:
+            if rest_s and running_key <= place:
+                yield (running if running_key > key else None), rest_s
+                rest_s = 0.0
+            yield (prompt if place > key else None), prompt.exec_s
+        if rest_s:
+            yield (running if running_key > key else None), rest_s
 
     def left_s(self, now_s: float) -> float:
         """Seconds until all of it is computed."""
@@ -140,7 +160,7 @@ class Backlog:
             return
         self.running = None
         if self._waiting:
-            self._run(self._unqueue(self._waiting[0][2]), now_s)
+            self._run(self._unqueue(self._next(now_s)), now_s)
 
     def started(self, name: Hashable, now_s: float) -> None:
         """The worker says that it computes this prompt since `now_s`; an unknown name is ignored."""
@@ -148,7 +168,8 @@ class Backlog:
         if prompt is None or prompt is running:
             return
         if running is not None:
-            running.exec_s = max(0.0, self.until_s - now_s)
+            left_s = max(0.0, self.until_s - now_s)
+            running.key, running.exec_s = self._order.advanced(running.key, running.exec_s - left_s), left_s
             self._queue(running)
         self._run(self._unqueue(prompt), now_s)
 
@@ -177,6 +198,13 @@ class Backlog:
                 self._others.add(prompt.name)
         if running is not None:
             self.started(running, now_s)
+
+    def _next(self, now_s: float) -> Prompt:
+        """Of those that wait the first that can start; where none can, the first."""
+        for _, _, prompt in self._waiting:
+            if prompt.ready_s <= now_s and prompt.after not in self._prompts:
+                return prompt
+        return self._waiting[0][2]
 
     def _run(self, prompt: Prompt, now_s: float) -> None:
         self.running = prompt

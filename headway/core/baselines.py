@@ -43,6 +43,12 @@ def resident(ask: Ask, candidate: Candidate) -> int:
 
 
 class RoundRobin(Simple):
+    """Whose turn it is; among equals by name, so that a round is the same every time."""
+
+    def pick(self, ask: Ask, candidates: Sequence[Candidate], now_s: float) -> Way:
+        turn = min(candidates, key=lambda candidate: (candidate[0].sent, candidate[0].worker_id))
+        return super().pick(ask, [turn], now_s)
+
     def cost(self, ask: Ask, candidate: Candidate) -> float:
         return candidate[0].sent
 

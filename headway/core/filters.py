@@ -13,7 +13,7 @@ from headway.core.policy import Way, ttft_s
 # A refusal's least time to try again, seconds.
 LEAST_RETRY_S = 0.1
 # Of a predicted time, by which it may be wrong when a promise is made.
-MARGIN = 0.1
+MARGIN = 0.2
 UNNAMED = Refusal(Why.UNFIT, "the request names another")
 
 
@@ -97,7 +97,7 @@ class Rules:
         if first_s * (1 + MARGIN) > due_s:
             sentence = f"its first token would come after {first_s:.2f} s, and is due after {due_s:.2f} s"
             return Refusal(Why.LATE, sentence, max(LEAST_RETRY_S, min(way.wait_s, first_s - due_s)))
-        if backlog.breaks(way.key, way.compute_s, now_s):
+        if backlog.breaks(way.key, way.compute_s, now_s, MARGIN):
             sentence = "it would make a request late that was promised to be in time"
             return Refusal(Why.LATE, sentence, max(LEAST_RETRY_S, way.wait_s))
         return None

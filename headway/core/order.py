@@ -39,3 +39,7 @@ class Order:
         if self.rule is Rule.ARRIVAL:
             return (-priority, arrival_s)
         return (0, tokens / (1 + max(0, priority)))
+
+    def advanced(self, key: Key, done_s: float) -> Key:
+        """The key of a prompt of which `done_s` were computed since it had `key`, as near as can be told from that."""
+        return (key[0], key[1] - done_s) if self.rule is Rule.SHORTEST else key

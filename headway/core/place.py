@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 
-from headway.core.ask import Ask, Option, Refusal, Why
+from headway.core.ask import Ask, Option, Promised, Refusal, Why
 from headway.core.backlog import Prompt
 from headway.core.decode import DecodeChoice
 from headway.core.filters import Rules, meant, partner
@@ -50,7 +50,7 @@ class Placer:
         if self.loads.get(load.worker_id) is load:
             del self.loads[load.worker_id]
 
-    def overlaps(self, keys: Sequence[bytes]) -> tuple[dict[str, int], dict[str, tuple[int, float]]]:
+    def overlaps(self, keys: Sequence[bytes]) -> tuple[dict[str, int], dict[str, Promised]]:
         """For Ask.resident and Ask.promised of this chain."""
         block = self.rules.block_size
         return self.index.overlap(keys, block), self.promises.overlap(keys, block)
@@ -98,7 +98,10 @@ class Placer:
         worker, decode = self.loads[option.worker], self.loads[option.decode_worker]
         new = ask.prompt_tokens - option.overlap_tokens
         due_s = math.inf if ask.objective_s is None else ask.objective_s
-        worker.backlog.add(Prompt(name, option.key, option.compute_s, new, due_s), now_s)
+        ready_s, after = now_s + option.pull_s, None
+        if option.pull_from is None:
+            after = ask.awaits(worker.worker_id, worker.node, option.overlap_tokens).name
+        worker.backlog.add(Prompt(name, option.key, option.compute_s, new, due_s, ready_s, after), now_s)
         worker.sent += 1
         pulled = option.overlap_tokens // self.rules.block_size if option.pull_from is not None else 0
         self.promises.add(name, worker.worker_id, ask.keys, now_s + option.ttft_s, pulled)

@@ -105,7 +105,7 @@ class Planner:
         key = self.order.key(own_s, new, ask.arrival_s, ask.priority)
         wait_s, behind = load.backlog.turn(key, now_s)
         if ask.promised and pull_from is None:
-            wait_s = max(wait_s, ask.ready_s(load.worker_id, load.node, overlap) - now_s)
+            wait_s = max(wait_s, ask.awaits(load.worker_id, load.node, overlap).ready_s - now_s)
         compute_s = own_s
         delay_s = own_s * behind
         if load.running > 0:

@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+from headway.core.ask import NOTHING, Promised
+
 # Prompts that are looked at for one first block, the newest ones.
 MOST = 64
 
@@ -45,14 +47,14 @@ class Promises:
             if not chains:
                 del self._roots[root]
 
-    def overlap(self, keys: Sequence[bytes], block_size: int = 1) -> dict[str, tuple[int, float]]:
-        """For every worker with such a prompt, how many leading tokens of the chain it will have, and when."""
-        found: dict[str, tuple[int, float]] = {}
-        for promise in self._roots[keys[0]].values() if keys and keys[0] in self._roots else ():
+    def overlap(self, keys: Sequence[bytes], block_size: int = 1) -> dict[str, Promised]:
+        """For every worker with such a prompt, how many leading tokens of the chain it will have."""
+        found: dict[str, Promised] = {}
+        for name, promise in self._roots[keys[0]].items() if keys and keys[0] in self._roots else ():
             common = _common(keys, promise.keys)
-            tokens, ready_s = found.get(promise.worker_id, (0, 0.0))
-            if common > promise.pulled and (-common * block_size, promise.ready_s) < (-tokens, ready_s):
-                found[promise.worker_id] = common * block_size, promise.ready_s
+            best = found.get(promise.worker_id, NOTHING)
+            if common > promise.pulled and (-common * block_size, promise.ready_s) < (-best.tokens, best.ready_s):
+                found[promise.worker_id] = Promised(common * block_size, promise.ready_s, name)
         return found
 
 

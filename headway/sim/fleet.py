@@ -23,6 +23,7 @@ from headway.core.step import StepLimits
 from headway.sim.clock import Clock
 from headway.sim.hardware import Hardware
 from headway.sim.node import SimNode
+from headway.sim.objective import Objective
 from headway.sim.policies import Entry
 from headway.sim.sequence import SimSequence
 from headway.sim.trace import Trace
@@ -40,6 +41,8 @@ class Scenario:
     `link_bytes_per_s` 0: no pulls. `noise`: sigma of the log-normal error on what computing takes. `stale_s`: how late
     the router hears of what happened at workers. `decode_cache_tokens`: prefix cache of decode workers on nodes of
     their own, filled by handoffs. `local_prefill_tokens`, `itl_objective_s`: see core.place, for ours.
+    `objective`: that of every request, which is refused as soon as it cannot be met; None: all are served.
+    `max_wait_s`: predicted seconds of a worker's queue, at most.
     `seed`: of ties, chance and noise.
     """
 
@@ -55,6 +58,8 @@ class Scenario:
     decode_cache_tokens: int = 0
     local_prefill_tokens: int = 0
     itl_objective_s: float = math.inf
+    objective: Objective | None = None
+    max_wait_s: float = math.inf
     seed: int = 0
 
 
@@ -124,6 +129,7 @@ class SimFleet:
             local_prefill_tokens=scenario.local_prefill_tokens if entry.local else 0,
             itl_objective_s=scenario.itl_objective_s,
             max_queued=1 << 62,
+            max_wait_s=scenario.max_wait_s,
         )
         return Placer(rules, entry.make(planner, self._chance.random), planner, PrefixIndex(1 << 30))
 
@@ -159,12 +165,12 @@ class SimFleet:
             ready=True,
             total_slots=hardware.cache_tokens // self._trace.block_size,
             predictor=hardware.predictor,
-            backlog=Backlog(limits.chunk_s),
+            backlog=Backlog(limits.chunk_s, self._entry.order),
         )
         self._placer.add(load)
         return SimWorker(
             name, node, self._clock, hardware, self._trace.block_size, limits, self._entry.order,
-            self._started, self._drawn, self._ended,
+            self._running, self._drawn, self._ended,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ the router
@@ -200,12 +206,15 @@ class SimFleet:
             resident=resident,
             promised=promised,
             priority=request.priority,
+            objective_s=self._due_s(sequence),
         )
         option = placer.place(ask, now_s)
         if option is None:
             sequence.refused = True
             self._count_done()
             return
+        if ask.objective_s is not None:
+            self._clock.at(ask.objective_s, _bound(self._too_late, sequence))
         sequence.predicted_s = option.ttft_s
         sequence.computed = option.overlap_tokens
         worker = self._workers[option.worker]
@@ -213,6 +222,17 @@ class SimFleet:
             self._pull(sequence, worker, option.pull_from, option, ask.own_tokens(worker.name, worker.node.name))
         self._placed[sequence.number] = option, placer.reserve(sequence.number, ask, option, now_s)
         worker.submit(sequence)
+
+    def _due_s(self, sequence: SimSequence) -> float | None:
+        objective, request = self._scenario.objective, sequence.request
+        return None if objective is None else request.arrival_s + objective.seconds(request, self._scenario.hardware)
+
+    def _too_late(self, sequence: SimSequence) -> None:
+        """Its first token is due: without it, it is given up."""
+        if sequence.first_token_s is None:
+            self._workers[sequence.worker].cancel(sequence)
+            self._heard_ended(sequence)
+            self._count_done()
 
     def _pull(self, sequence: SimSequence, worker: SimWorker, source: str, option: Option, own: int) -> None:
         """Asked for when placed, as the link's estimate says; what the source does not have any more does not come."""
@@ -231,7 +251,7 @@ class SimFleet:
 
     # ------------------------------------------------------------------ what happens at workers
 
-    def _started(self, sequence: SimSequence) -> None:
+    def _running(self, sequence: SimSequence) -> None:
         load = self._placer.loads[sequence.worker]
         self._hear(lambda: load.backlog.started(sequence.number, self._clock.now_s))
 

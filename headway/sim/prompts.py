@@ -34,6 +34,9 @@ class Prompts:
         sequence.key = prompt_key(sequence, self._predictor, self._order)
         insort(self._waiting, (sequence.key, sequence.number, sequence))
 
+    def remove(self, sequence: SimSequence) -> None:
+        self._waiting.remove((sequence.key, sequence.number, sequence))
+
     def plan(self, running: Sequence[SimSequence], batch: int) -> list[Work[SimSequence]]:
         """Work on prompts for the next forward, beside `running` of a `batch` that decode; empty when none is ready."""
         most = self._limits.batch + LOOK_AHEAD
@@ -61,7 +64,7 @@ class Prompts:
     def computed(self, item: Work[SimSequence]) -> None:
         """What was planned is done; full blocks are cached from now on, with the last chunk all of them."""
         sequence = item.sequence
-        self._waiting.remove((sequence.key, sequence.number, sequence))
+        self.remove(sequence)
         sequence.computed = item.start + item.count
         keys = sequence.request.keys
         if item.draws:
@@ -78,7 +81,7 @@ class Prompts:
         computed = min(blocks * self._block_size, sequence.request.prompt_tokens - 1)
         if computed == sequence.computed:
             return False
-        self._waiting.remove((sequence.key, sequence.number, sequence))
+        self.remove(sequence)
         sequence.computed = computed
         self.add(sequence)
         return True

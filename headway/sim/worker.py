@@ -19,7 +19,8 @@ Tell = Callable[[SimSequence], None]
 class SimWorker:
     """Computes prompts and decodes, in forwards planned by core.step.
 
-    `on_started`: a prompt's first chunk begins; `on_drawn`: its first token is there; `on_ended`: its answer is.
+    `on_running`: another prompt than before is computed (the first of a forward); `on_drawn`: a prompt's first token is
+    there; `on_ended`: its answer is.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class SimWorker:
         block_size: int,
         limits: StepLimits,
         order: Order,
-        on_started: Tell,
+        on_running: Tell,
         on_drawn: Tell,
         on_ended: Tell,
     ) -> None:
@@ -40,7 +41,7 @@ class SimWorker:
         self.busy_s = 0.0
         self._clock = clock
         self._hardware = hardware
-        self._on_started = on_started
+        self._on_running = on_running
         self._on_drawn = on_drawn
         self._on_ended = on_ended
         self._prompts = Prompts(node, block_size, hardware.predictor, limits, order)
@@ -49,12 +50,18 @@ class SimWorker:
         self._in_forward = self._in_stretch = False
         self._since_s = 0.0
         self._wake_up = 0
+        self._last: SimSequence | None = None
 
     def submit(self, sequence: SimSequence) -> None:
         """Compute its prompt, as soon as what is pulled for it has landed."""
         sequence.worker = self.name
         self._prompts.add(sequence)
         self.wake()
+
+    def cancel(self, sequence: SimSequence) -> None:
+        """Its prompt is not wanted any more; a chunk that is computed now is not stopped."""
+        sequence.refused = True
+        self._prompts.remove(sequence)
 
     def join(self, sequence: SimSequence) -> None:
         """Go on with its answer, of at least two tokens."""
@@ -101,13 +108,15 @@ class SimWorker:
 
     def _forward(self, work: list[Work[SimSequence]]) -> None:
         self._in_forward = True
+        if work[0].sequence is not self._last:
+            self._last = work[0].sequence
+            self._on_running(self._last)
         seconds = 0.0
         fixed_s = self._hardware.prefill_s(1, 0)
         for item in work:
             sequence = item.sequence
             if sequence.started_s is None:
                 self._prompts.start(item, self._clock.now_s)
-                self._on_started(sequence)
             item_s = self._hardware.prefill_s(item.count, item.start) * sequence.noise
             seconds += max(0.0, item_s - fixed_s) if seconds else item_s
         self.busy_s += seconds
@@ -119,6 +128,8 @@ class SimWorker:
         if len(self.batch):
             self._end(self.batch.advance(1, seconds))
         for item in work:
+            if item.sequence.refused:
+                continue
             self._prompts.computed(item)
             if item.draws:
                 item.sequence.first_token_s = self._clock.now_s

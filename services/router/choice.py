@@ -64,7 +64,7 @@ class Choice:
         ask, option = self._place()
         if self._due_s is not None and self._alarm is None:
             after_s = max(0.0, self._due_s - time.monotonic())
-            self._alarm = asyncio.get_running_loop().call_later(after_s, self.inbox.poke)
+            self._alarm = self.inbox.poke_after(after_s)
         if option is not None:
             self._unpark()
             self._dispatch(ask, option)
@@ -143,7 +143,7 @@ class Choice:
         self._parked = True
         self._give_up_at = time.monotonic() + seconds
         self._fleet.waiting.add(self.inbox)
-        asyncio.get_running_loop().call_later(seconds, self.inbox.poke)
+        self.inbox.poke_after(seconds)
 
     def _unpark(self) -> None:
         if self._parked:
@@ -249,7 +249,7 @@ class Choice:
         self._end_attempt()
         backoff_s = BACKOFF_S * self._retries
         self._not_before = time.monotonic() + backoff_s
-        asyncio.get_running_loop().call_later(backoff_s, self.inbox.poke)
+        self.inbox.poke_after(backoff_s)
         self._park()
 
     def _count_retry(self, message: str, code: grpc.StatusCode) -> None:

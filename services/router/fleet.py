@@ -44,7 +44,7 @@ ROLES = {
 class Worker:
     """One announced incarnation of a worker; a worker that comes back is a new one."""
 
-    def __init__(self, hello: router_pb2.WorkerHello, lease: asyncio.Timeout, router_id: str) -> None:
+    def __init__(self, hello: router_pb2.WorkerHello, lease: asyncio.Timeout, router_id: str, order: Order) -> None:
         self.hello = hello
         self.worker_id = hello.worker_id
         self.status = router_pb2.WorkerStatus()
@@ -55,13 +55,14 @@ class Worker:
             ROLES[hello.role],
             max_batch=max(1, hello.max_batch),
             shared_chunk_s=hello.shared_chunk_s or math.inf,
-            backlog=Backlog(hello.chunk_s or math.inf),
+            backlog=Backlog(hello.chunk_s or math.inf, order),
         )
         self._lease = lease
+        self._order = order
         plane = PREFILL if hello.role == common_pb2.WORKER_ROLE_PREFILL else DECODE
         self.link = Link(hello.address, plane, router_id, self._event, self._broken)
 
-    def take_status(self, status: router_pb2.WorkerStatus, order: Order) -> None:
+    def take_status(self, status: router_pb2.WorkerStatus) -> None:
         """What the worker says of itself and of what other routers sent it; what this one sent it, it knows itself."""
         self.status, self.status_at = status, time.monotonic()
         load, others = self.load, status.others
@@ -80,7 +81,7 @@ class Worker:
             if queued.started:
                 started.add(queued.sequence_id)
             seconds = predictor.prefill_s(queued.remaining_tokens, queued.computed_tokens)
-            key = order.key(seconds, queued.remaining_tokens, queued.arrival_s, queued.priority)
+            key = self._order.key(seconds, queued.remaining_tokens, queued.arrival_s, queued.priority)
             prompts.append(Prompt(queued.sequence_id, key, seconds, queued.remaining_tokens))
         running = next((queued.sequence_id for queued in status.prompts if queued.running), None)
         load.backlog.report(prompts, started, running, self.status_at)
@@ -134,7 +135,7 @@ class Fleet:
                     elif worker is None:
                         raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, "announce the card (hello) first")
                     elif kind == "status":
-                        worker.take_status(request.status, self.placer.planner.order)
+                        worker.take_status(request.status)
                         self._wake_waiting()
                     elif kind == "draining":
                         worker.load.draining = True
@@ -153,7 +154,7 @@ class Fleet:
         former = self.workers.pop(hello.worker_id, None)
         if former is not None:
             former.link.close()
-        worker = self.workers[hello.worker_id] = Worker(hello, lease, self._router_id)
+        worker = self.workers[hello.worker_id] = Worker(hello, lease, self._router_id, self.placer.planner.order)
         self.placer.add(worker.load)
         address = hello.kvstore_address
         if address not in self.stores:

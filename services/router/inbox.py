@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from services.router.fleet import Worker
 
 
+# By so much, at most, uvloop's timers come early: it counts in whole milliseconds, from the last one that it looked at.
+EARLY_S = 0.002
+
+
 class Gone:
     """The event that a worker's streams broke."""
 
@@ -63,6 +67,10 @@ class Inbox:
         """Let `take` return, though nothing may have come."""
         self._poked = True
         self._wake()
+
+    def poke_after(self, seconds: float) -> asyncio.TimerHandle:
+        """`poke` when that time is over, and never before."""
+        return asyncio.get_running_loop().call_later(seconds + EARLY_S, self.poke)
 
     async def take(self) -> list[Item]:
         """All that came since, at once; waits for something."""

@@ -111,6 +111,51 @@ def test_a_promise_is_broken_by_one_that_pushes_it_over_its_time() -> None:
     assert not backlog.breaks((0, 0.5), 0.6, 0.0)
 
 
+def test_a_long_running_one_is_kept_from_being_interrupted_too_often() -> None:
+    backlog = Backlog(chunk_s=0.1)
+    backlog.add(Prompt("long", (0, 5.0), 5.0, 10, due_s=6.0), 0.0)
+    backlog.add(Prompt("short", (0, 0.4), 0.4, 10), 0.0)
+    assert not backlog.breaks((0, 0.5), 0.5, 0.0)
+    # The short one goes before the long one's rest, too.
+    assert backlog.breaks((0, 0.7), 0.7, 0.0)
+    assert not backlog.breaks((0, 0.5), 0.5, 0.0, margin=0.01)
+    assert backlog.breaks((0, 0.5), 0.5, 0.0, margin=0.1)
+    assert not backlog.breaks((0, 6.0), 9.0, 0.0), "it comes after both"
+
+
+def test_a_promise_is_kept_while_it_may_still_hold() -> None:
+    backlog = Backlog()
+    backlog.add(prompt("a", 1.0), 0.0)
+    backlog.add(Prompt("b", (0, 1.0), 1.0, 10, due_s=1.9), 0.0)
+    assert backlog.breaks((0, 0.5), 0.6, 0.0, margin=0.1), "it comes after 2 s, give or take a tenth"
+    assert not backlog.breaks((0, 0.5), 0.6, 0.0, margin=0.01)
+
+
+def test_what_is_left_of_the_running_one_is_what_a_newcomer_has_to_beat() -> None:
+    backlog = Backlog(chunk_s=0.1)
+    backlog.add(prompt("long", 4.0), 0.0)
+    assert backlog.turn((0, 2.0), 1.0) == (pytest.approx(0.1), 1)
+    assert backlog.turn((0, 2.0), 3.0) == (pytest.approx(1.0), 0)
+    backlog.add(prompt("short", 0.2), 3.0)
+    backlog.started("short", 3.0)
+    # A second is left of it, and goes before what takes longer than that.
+    assert backlog.turn((0, 2.0), 3.0)[0] == pytest.approx(0.2 + 1.0)
+
+
+def test_who_waits_for_a_pull_or_a_siblings_prefix_is_not_taken_to_start() -> None:
+    backlog = Backlog()
+    backlog.add(prompt("now", 1.0), 0.0)
+    backlog.add(Prompt("sibling", (0, 0.1), 0.1, 10, after="first"), 0.0)
+    backlog.add(Prompt("pulled", (0, 0.2), 0.2, 10, ready_s=5.0), 0.0)
+    backlog.add(prompt("first", 2.0), 0.0)
+    assert backlog.running is not None
+    order = []
+    for now_s in (1.0, 3.0, 5.0, 6.0):
+        order.append(backlog.running.name)
+        backlog.remove(backlog.running.name, now_s)
+    assert order == ["now", "first", "sibling", "pulled"]
+
+
 ACTIONS = st.lists(
     st.tuples(st.sampled_from(["add", "remove", "started"]), st.integers(0, 6), st.floats(0.01, 5.0)), max_size=40
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headway.core.ask import Promised
 from headway.core.keys import block_keys
 from headway.core.promises import MOST, Promises
 
@@ -29,7 +30,7 @@ def test_overlap_is_the_longest_common_prefix_of_each_worker(prompts: list[list[
         if common:
             expected[node] = max(expected.get(node, 0), common)
     found = promises.overlap(chain(asked))
-    assert {node: tokens for node, (tokens, _) in found.items()} == expected
+    assert {node: promised.tokens for node, promised in found.items()} == expected
     for number in range(len(prompts)):
         promises.remove(number)
         promises.remove(number)
@@ -43,7 +44,7 @@ def test_what_is_only_pulled_is_no_promise() -> None:
     keys = chain([1] * 12)
     promises.add("a", "worker", keys, 7.0, pulled=4)
     assert promises.overlap(keys[:4]) == {}
-    assert promises.overlap(keys[:5]) == {"worker": (5, 7.0)}
+    assert promises.overlap(keys[:5]) == {"worker": Promised(5, 7.0, "a")}
 
 
 def test_of_equal_promises_the_one_that_is_kept_first_counts() -> None:
@@ -51,7 +52,7 @@ def test_of_equal_promises_the_one_that_is_kept_first_counts() -> None:
     for ready_s in (3.0, 1.0, 2.0):
         promises.add(ready_s, "worker", chain([1] * 4), ready_s)
     promises.add("short", "worker", chain([1] * 2), 0.5)
-    assert promises.overlap(chain([1] * 4), 16) == {"worker": (32, 1.0)}
+    assert promises.overlap(chain([1] * 4), 16) == {"worker": Promised(32, 1.0, 1.0)}
 
 
 def test_one_root_keeps_its_newest() -> None:
@@ -62,4 +63,4 @@ def test_one_root_keeps_its_newest() -> None:
     assert len(promises.overlap(keys)) == MOST
     promises.remove(0)
     promises.add(5, "again", keys, 0.0)
-    assert promises.overlap(keys)["again"] == (2, 0.0)
+    assert promises.overlap(keys)["again"] == Promised(2, 0.0, 5)

@@ -9,8 +9,8 @@ from headway.replay.prompts import Prompts
 from headway.replay.seen import SUMMARY_HEADS, live_row, simulated_row
 from headway.sim.fleet import Scenario, SimFleet
 from headway.sim.hardware import Linear
+from headway.sim.objective import Objective
 from headway.sim.policies import entries
-from headway.sim.summary import Objective
 from headway.sim.trace import Trace, TraceRequest
 
 KEYS = [bytes([at]) * 16 for at in range(8)]

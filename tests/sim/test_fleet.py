@@ -13,9 +13,10 @@ from headway.core.predict import Predictor
 from headway.core.step import StepLimits
 from headway.sim.fleet import Outcome, Scenario, SimFleet
 from headway.sim.hardware import Linear
+from headway.sim.objective import Objective
 from headway.sim.policies import entries
 from headway.sim.presets import STUDY
-from headway.sim.summary import Objective, clairvoyant_s, summarise, waiting_over_time
+from headway.sim.summary import clairvoyant_s, summarise, waiting_over_time
 from headway.sim.trace import Trace, TraceRequest
 from headway.sim.workload import Workload, make_trace
 
@@ -128,6 +129,26 @@ def test_an_idle_decode_worker_helps_while_its_pace_allows() -> None:
     assert summarise(helped).mean_s < 0.75 * summarise(alone).mean_s
     assert {s.worker[0] for s in helped.sequences} == {"p", "d"}
     assert {s.worker[0] for s in alone.sequences} == {"p"}
+
+
+def test_what_is_admitted_is_in_time_and_the_rest_is_refused_at_once() -> None:
+    rush = CHAT.faster(4.0)
+    objective = Objective(0.5, 2.0)
+    outcome = run("headway", rush, objective=objective)
+    admitted = [sequence for sequence in outcome.sequences if sequence.worker]
+    refused = [sequence for sequence in outcome.sequences if not sequence.worker]
+    assert all(sequence.refused for sequence in refused)
+    late = [sequence for sequence in admitted if sequence.ttft_s is None]
+    assert len(late) <= 0.01 * len(admitted)
+    assert all(objective.met(s.request, s.ttft_s, outcome.scenario.hardware) for s in admitted if s.ttft_s is not None)
+    assert refused
+
+
+def test_a_queue_that_is_too_long_gets_nothing_more() -> None:
+    outcome = run("headway", CHAT.faster(20.0), max_wait_s=1.0)
+    served = [sequence.ttft_s for sequence in outcome.sequences if sequence.ttft_s is not None]
+    assert len(served) < len(outcome.sequences)
+    assert max(served) < max(s.ttft_s or 0.0 for s in run("headway", CHAT.faster(20.0)).sequences)
 
 
 def test_priority_goes_first() -> None:
