@@ -117,8 +117,9 @@ class Rules:
         return Refusal(why, f"no decode worker can take it ({sentences})")
 
     def _step_s(self, ask: Ask, load: WorkerLoad, own: int) -> float:
-        """Of a decode step with a chunk of the prompt."""
-        chunk_s = min(load.predictor.prefill_s(ask.prompt_tokens - own, own), load.shared_chunk_s)
+        """Of a decode step with a chunk of the prompt, which it may share with prompts that are there already."""
+        new = ask.prompt_tokens - own + load.backlog.tokens
+        chunk_s = min(load.predictor.prefill_s(new, own), load.shared_chunk_s)
         return chunk_s + load.itl_s(ask.prompt_tokens)
 
 

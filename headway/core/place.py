@@ -70,10 +70,10 @@ class Placer:
         if self.rules.unkept(ask, way, now_s):
             # What is best for all is too late for this one, or makes another late; what is next may not.
             ways = sorted((self._best_way(ask, candidate, now_s) for candidate in candidates), key=ttft_s)
-            kept = next((way for way in ways if not self.rules.unkept(ask, way, now_s)), None)
-            if kept is None:
+            kept = (way for way in ways if not self.rules.unkept(ask, way, now_s) and self._keeps_pace(ask, way.load))
+            if (soonest := next(kept, None)) is None:
                 return None
-            way = kept
+            way = soonest
         return self._option(ask, way, decodes, now_s)
 
     def options(self, ask: Ask, now_s: float) -> list[Option]:

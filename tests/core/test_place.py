@@ -191,6 +191,15 @@ def test_decode_computes_nothing_that_breaks_its_pace() -> None:
     assert picked(made, resident={"n": 80}) == (None, "d0")
 
 
+def test_prompts_that_a_decode_worker_has_already_count_against_its_pace() -> None:
+    made = placer(worker("p0", queued_s=5.0), worker("d0", running=4), itl_objective_s=0.04)
+    option = made.place(ask(prompt_tokens=15), 0.0)
+    assert option is not None
+    assert option.worker == "d0"
+    made.reserve("first", ask(prompt_tokens=15), option, 0.0)
+    assert picked(made, prompt_tokens=15) == ("p0", "d0")
+
+
 def test_a_prompt_at_a_decode_worker_shares_its_steps() -> None:
     busy = placer(worker("d0", running=4, shared_chunk_s=0.01)).place(ask(), 0.0)
     assert busy is not None
@@ -282,6 +291,12 @@ def test_what_is_soonest_is_taken_where_what_is_best_for_all_is_too_late() -> No
         made.loads["p0"].backlog.add(Prompt(number, (0, 5.0), 5.0, 5000), 0.0)
     assert picked(made, objective_s=0.6) == ("p1", "d0")
     assert picked(made, objective_s=0.37) == ("p0", "d0")
+
+
+def test_an_objective_does_not_break_the_pace_of_those_that_decode() -> None:
+    made = placer(worker("p0", queued_s=0.9), worker("d0", running=40), itl_objective_s=0.03, local_prefill_tokens=1000)
+    assert picked(made, objective_s=5.0) == ("p0", "d0")
+    assert made.place(ask(objective_s=0.5), 0.0) is None
 
 
 def test_what_was_promised_is_not_broken_by_a_shorter_one() -> None:
