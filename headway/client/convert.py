@@ -11,6 +11,7 @@ from headway.client.results import (
     FleetView,
     Link,
     Placement,
+    Route,
     Started,
     Store,
     TextDelta,
@@ -62,6 +63,10 @@ def fleet_from_proto(response: router_pb2.FleetResponse) -> FleetView:
         context_tokens=model.context_tokens,
         block_size=model.kv_format.block_size,
         requests_in_flight=response.requests_in_flight,
+        routes=tuple(
+            Route(link.source, link.destination, link.bytes_per_s, link.error, link.backlog_s)
+            for link in response.links
+        ),
     )
 
 
@@ -125,6 +130,7 @@ def _worker(worker: router_pb2.WorkerView) -> Worker:
         total_slots=status.total_slots,
         prefill_error=status.prefill_error,
         step_error=status.step_error,
+        queue_s=worker.queue_s,
     )
 
 

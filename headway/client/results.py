@@ -164,7 +164,8 @@ class Explanation:
 class Worker:
     """`role` is "prefill", "decode" or "mixed"; `age_s` counts from the last status.
 
-    `prefill_error`, `step_error`: mean of |predicted − taken| / taken of its forwards, lately.
+    `prefill_error`, `step_error`: mean of |predicted − taken| / taken of its forwards, lately; `queue_s`: predicted
+    seconds until all prompts that are there now are computed.
     """
 
     worker_id: str
@@ -182,6 +183,7 @@ class Worker:
     total_slots: int
     prefill_error: float = 0.0
     step_error: float = 0.0
+    queue_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +195,19 @@ class Link:
     bytes: int
     bytes_per_s: float
     fallbacks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What the router expects of pulls from one kvstore (its address) to another: `bytes_per_s` (0 until measured),
+    mean `error` |predicted − taken| / taken lately, and seconds until what is on its way is there.
+    """
+
+    source: str
+    destination: str
+    bytes_per_s: float
+    error: float
+    backlog_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,3 +248,4 @@ class FleetView:
     context_tokens: int
     block_size: int
     requests_in_flight: int
+    routes: tuple[Route, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 WEIGHT = 0.2
@@ -11,11 +12,16 @@ LEAST_BYTES = 1 << 20
 
 @dataclass(slots=True)
 class Link:
-    """From one node to another. `free_s`: when all that was started is there, if the estimates hold."""
+    """From one node to another. `free_s`: when all that was started is there, if the estimates hold.
+
+    `count`: pulls that were measured; `error`: mean of |predicted − taken| / taken, lately.
+    """
 
     latency_s: float
     bytes_per_s: float
     free_s: float = 0.0
+    count: int = 0
+    error: float = 0.0
 
     def landing_s(self, size: int, now_s: float) -> float:
         """When `size` bytes would be there, were they asked for now."""
@@ -28,10 +34,16 @@ class Link:
 
     def observe(self, size: int, seconds: float) -> None:
         """A pull of `size` bytes that had the link for itself took `seconds`."""
-        if size >= LEAST_BYTES and seconds > 0:
-            # Averaged as seconds per byte: one slow pull must not count more than it lasted.
-            byte_s = 1 / self.bytes_per_s
-            self.bytes_per_s = 1 / (byte_s + WEIGHT * (seconds / size - byte_s))
+        if size < LEAST_BYTES or seconds <= 0:
+            return
+        byte_s = 1 / self.bytes_per_s
+        if self.count:
+            self.error += WEIGHT * (abs(byte_s * size - seconds) / seconds - self.error)
+        # Averaged as seconds per byte: one slow pull must not count more than it lasted. What was measured first is
+        # worth more than any guess.
+        weight = WEIGHT if self.count else 1.0
+        self.bytes_per_s = 1 / (byte_s + weight * (seconds / size - byte_s))
+        self.count += 1
 
 
 class Links:
@@ -47,6 +59,10 @@ class Links:
         if link is None:
             link = self._links[source, destination] = Link(self._latency_s, self._bytes_per_s)
         return link
+
+    def __iter__(self) -> Iterator[tuple[str, str, Link]]:
+        """(source, destination, link)"""
+        return ((*pair, link) for pair, link in self._links.items())
 
     def forget(self, node: str) -> None:
         """The node is gone."""

@@ -525,6 +525,7 @@ class FleetResponse(_message.Message):
     STORES_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     REQUESTS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     requests_in_flight: _builtins.int
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerView]: ...
@@ -532,6 +533,8 @@ class FleetResponse(_message.Message):
     def stores(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoreView]: ...
     @_builtins.property
     def model(self) -> _common_pb2.ModelCard: ...
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkView]: ...
     def __init__(
         self,
         *,
@@ -539,10 +542,11 @@ class FleetResponse(_message.Message):
         stores: _abc.Iterable[Global___StoreView] | None = ...,
         model: _common_pb2.ModelCard | None = ...,
         requests_in_flight: _builtins.int = ...,
+        links: _abc.Iterable[Global___LinkView] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "requests_in_flight", b"requests_in_flight", "stores", b"stores", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links", "model", b"model", "requests_in_flight", b"requests_in_flight", "stores", b"stores", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -559,6 +563,7 @@ class WorkerView(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     node_id: _builtins.str
     role: _common_pb2.WorkerRole.ValueType
@@ -566,6 +571,8 @@ class WorkerView(_message.Message):
     age_s: _builtins.float
     """Seconds since the last status."""
     pid: _builtins.int
+    queue_s: _builtins.float
+    """Predicted seconds until all prompts that are there now are computed."""
     @_builtins.property
     def status(self) -> Global___WorkerStatus: ...
     def __init__(
@@ -578,14 +585,51 @@ class WorkerView(_message.Message):
         status: Global___WorkerStatus | None = ...,
         age_s: _builtins.float = ...,
         pid: _builtins.int = ...,
+        queue_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "age_s", b"age_s", "node_id", b"node_id", "pid", b"pid", "role", b"role", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "age_s", b"age_s", "node_id", b"node_id", "pid", b"pid", "queue_s", b"queue_s", "role", b"role", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerView: _TypeAlias = WorkerView  # noqa: Y015
+
+@_typing.final
+class LinkView(_message.Message):
+    """What the router expects of pulls from one kvstore to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    BACKLOG_S_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    destination: _builtins.str
+    bytes_per_s: _builtins.float
+    """0 until pulls were measured."""
+    error: _builtins.float
+    """Mean of |predicted − taken| / taken, lately."""
+    backlog_s: _builtins.float
+    """Until all that is on its way is there."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        destination: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
+        error: _builtins.float = ...,
+        backlog_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "bytes_per_s", b"bytes_per_s", "destination", b"destination", "error", b"error", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkView: _TypeAlias = LinkView  # noqa: Y015
 
 @_typing.final
 class StoreView(_message.Message):

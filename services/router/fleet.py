@@ -229,6 +229,18 @@ class Fleet:
                 status=worker.status,
                 age_s=now - worker.status_at,
                 pid=hello.pid,
+                queue_s=worker.load.backlog.left_s(now),
+            )
+
+    def link_views(self) -> Iterable[router_pb2.LinkView]:
+        now = time.monotonic()
+        for source, destination, link in self._links:
+            yield router_pb2.LinkView(
+                source=source,
+                destination=destination,
+                bytes_per_s=link.bytes_per_s if link.count else 0.0,
+                error=link.error,
+                backlog_s=max(0.0, link.free_s - now),
             )
 
     async def store_views(self) -> list[router_pb2.StoreView]:

@@ -59,6 +59,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         fleet = self.fleet
         return router_pb2.FleetResponse(
             workers=fleet.views(),
+            links=fleet.link_views(),
             stores=await fleet.store_views(),
             model=card_to_proto(fleet.model.card) if fleet.model else None,
             requests_in_flight=len(self.in_flight),

@@ -54,15 +54,17 @@ class StoreWatch:
         self._index.forget(self.address)
 
     async def _time_links(self) -> None:
-        """What pulls took since the last look says how fast the links to this node are."""
+        """What pulls took since the last look says how fast the links to this node are; the first time, what they took
+        since the store started, so that a router that comes back knows it at once.
+        """
         while True:
-            await asyncio.sleep(LINKS_S)
             for peer in (await self.stats()).peers:
                 size, busy_s = self._pulled.get(peer.address, (0, 0.0))
                 self._pulled[peer.address] = peer.bytes, peer.busy_s
                 if peer.bytes > size:
                     link = self._links.between(peer.address, self.address)
                     link.observe(peer.bytes - size, peer.busy_s - busy_s)
+            await asyncio.sleep(LINKS_S)
 
     async def _run(self) -> None:
         while True:
