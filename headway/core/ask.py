@@ -58,6 +58,7 @@ class Ask:
     resident: Mapping[str, int] = field(default_factory=dict)
     promised: Mapping[str, Promised] = field(default_factory=dict)
     priority: int = 0
+    tenant: str = ""
     objective_s: float | None = None
     prefill_worker: str = ""
     decode_worker: str = ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
+NO_DEBTS: Mapping[str, float] = MappingProxyType({})
 # Tenants that are remembered beside those that wait; those that had least are forgotten first.
 MOST = 4096
 

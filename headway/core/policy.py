@@ -96,13 +96,18 @@ class Planner:
         most = max(ask.resident.values())
         return min(most, ask.prompt_tokens - 1), [node for node, tokens in ask.resident.items() if tokens == most]
 
+    def key(self, ask: Ask, load: WorkerLoad, exec_s: float, new: int) -> Key:
+        """Its place in the worker's queue, with `new` tokens and `exec_s` seconds to compute."""
+        debt_s = load.debts.get(ask.tenant, 0.0) if load.debts else 0.0
+        return self.order.key(exec_s, new, ask.arrival_s, ask.priority, debt_s)
+
     def _way(
         self, ask: Ask, candidate: Candidate, overlap: int, pull_from: str | None, pull_s: float, now_s: float
     ) -> Way:
         load = candidate[0]
         new = ask.prompt_tokens - overlap
         own_s = load.predictor.prefill_s(new, overlap)
-        key = self.order.key(own_s, new, ask.arrival_s, ask.priority)
+        key = self.key(ask, load, own_s, new)
         wait_s, behind = load.backlog.turn(key, now_s)
         if ask.promised and pull_from is None:
             wait_s = max(wait_s, ask.awaits(load.worker_id, load.node, overlap).ready_s - now_s)
@@ -129,54 +134,62 @@ class LeastDelay:
         planner = self._planner
         tokens, holders = planner.sources(ask)
         best: Way | None = None
-        # Around the least cost so far: what counts as equal to it.
-        better_s = equal_s = least_s = math.inf
-        for floor_s, sent, at in self._floors(ask, candidates, tokens, now_s):
-            if floor_s > equal_s and (sent or floor_s > least_s * UNTRIED):
+        # Around the least cost so far: what counts as equal to it, and what one that got nothing yet may cost.
+        better_s = equal_s = least_s = untried_s = math.inf
+        for floor_s, sent, at, exec_s in self._floors(ask, candidates, tokens, now_s):
+            if floor_s > untried_s:
+                break
+            most_s = equal_s if sent else untried_s
+            if floor_s > most_s or (best is not None and floor_s >= better_s and sent >= best.load.sent):
                 continue
-            if best is not None and floor_s >= better_s and sent >= best.load.sent:
+            if floor_s + self._pushed_s(ask, candidates[at], exec_s) > most_s:
                 continue
             way = planner.best(ask, candidates[at], tokens, holders, now_s)
             cost_s = way.cost_s
             equal = cost_s <= equal_s
             if not equal and not sent and best is not None:
-                equal = cost_s <= least_s * UNTRIED and way.overlap >= best.overlap
+                equal = cost_s <= untried_s and way.overlap >= best.overlap
             if best is None or cost_s < better_s or (equal and sent < best.load.sent):
                 best = way
             if cost_s < least_s:
-                least_s, better_s, equal_s = cost_s, cost_s * (1 - EQUAL), cost_s * (1 + EQUAL)
+                least_s, untried_s = cost_s, cost_s * UNTRIED
+                better_s, equal_s = cost_s * (1 - EQUAL), cost_s * (1 + EQUAL)
         assert best is not None
         return best
 
     def _floors(
         self, ask: Ask, candidates: Sequence[Candidate], pullable: int, now_s: float
-    ) -> list[tuple[float, int, int]]:
-        """For each candidate, smallest first: seconds below which none of its ways costs, what it was sent, its place.
+    ) -> list[tuple[float, int, int, float]]:
+        """For each candidate, smallest first: seconds below which none of its ways costs, what it was sent, its place,
+        and seconds below which it cannot compute.
 
         Such a bound is cheap to have, and spares most candidates the full account.
         """
-        prompt_tokens, order_key = ask.prompt_tokens, self._planner.order.key
+        prompt_tokens = ask.prompt_tokens
         floors = []
         for at, (load, own) in enumerate(candidates):
             cached = own if own > pullable else pullable
             new = prompt_tokens - cached
             a, b, c = load.predictor.prefill
-            floor_s = a + b * new + c * new * (cached + new / 2)
+            exec_s = a + b * new + c * new * (cached + new / 2)
             backlog = load.backlog
-            others = STREAM_WEIGHT * load.running
-            left_s = 0.0
+            floor_s = exec_s * (1 + WORK_WEIGHT + STREAM_WEIGHT * load.running)
             if backlog.running is not None:
                 left_s = backlog.until_s - now_s
                 if left_s > backlog.chunk_s:
-                    left_s = backlog.chunk_s
-                elif left_s < 0:
-                    left_s = 0.0
-                if first := backlog.first_key:
-                    # Computed without pulling it would come latest; if that is before all who wait, it pushes them all.
-                    new = prompt_tokens - own
-                    most_s = a + b * new + c * new * (own + new / 2)
-                    if order_key(most_s, new, ask.arrival_s, ask.priority) < first:
-                        others += backlog.waiting
-            floors.append((floor_s * (1 + WORK_WEIGHT + others) + left_s, load.sent, at))
+                    floor_s += backlog.chunk_s
+                elif left_s > 0:
+                    floor_s += left_s
+            floors.append((floor_s, load.sent, at, exec_s))
         floors.sort()
         return floors
+
+    def _pushed_s(self, ask: Ask, candidate: Candidate, exec_s: float) -> float:
+        """What it puts at least on those who wait there: on all of them, if it went first even without any pull."""
+        load, own = candidate
+        first = load.backlog.first_key
+        if first is None:
+            return 0.0
+        new = ask.prompt_tokens - own
+        latest = self._planner.key(ask, load, load.predictor.prefill_s(new, own), new)
+        return exec_s * load.backlog.waiting if latest < first else 0.0

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
+from headway.core.fair import NO_DEBTS
 from headway.core.order import Key, Order
 from headway.core.predict import Predictor
 
 # A block: less would only cost forwards.
 LEAST_CHUNK = 16
-NO_DEBTS: Mapping[str, float] = MappingProxyType({})
 
 
 class Runnable(Protocol):

@@ -206,6 +206,7 @@ class SimFleet:
             resident=resident,
             promised=promised,
             priority=request.priority,
+            tenant=request.tenant,
             objective_s=self._due_s(sequence),
         )
         option = placer.place(ask, now_s)
@@ -252,8 +253,13 @@ class SimFleet:
     # ------------------------------------------------------------------ what happens at workers
 
     def _running(self, sequence: SimSequence) -> None:
-        load = self._placer.loads[sequence.worker]
-        self._hear(lambda: load.backlog.started(sequence.number, self._clock.now_s))
+        load, debts = self._placer.loads[sequence.worker], self._workers[sequence.worker].debts
+
+        def heard() -> None:
+            load.debts = debts
+            load.backlog.started(sequence.number, self._clock.now_s)
+
+        self._hear(heard)
 
     def _drawn(self, sequence: SimSequence) -> None:
         """The first token is there: the client has it, decode goes on."""

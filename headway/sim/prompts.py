@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
+from headway.core.fair import NO_DEBTS, Fairness
 from headway.core.order import Key, Order
 from headway.core.predict import Predictor
 from headway.core.step import StepLimits, Work, plan_step, prompt_key
@@ -16,7 +19,10 @@ LOOK_AHEAD = 8
 
 
 class Prompts:
-    """Waits for what is pulled, and plans forwards with core.step."""
+    """Waits for what is pulled, and plans forwards with core.step.
+
+    `debts`: of the tenants that wait, as of the last plan; see core.fair.
+    """
 
     def __init__(self, node: SimNode, block_size: int, predictor: Predictor, limits: StepLimits, order: Order) -> None:
         self._node = node
@@ -25,6 +31,9 @@ class Prompts:
         self._limits = limits
         self._order = order
         self._waiting: list[tuple[Key, int, SimSequence]] = []
+        self._tenants: Counter[str] = Counter()
+        self._fairness = Fairness()
+        self.debts: Mapping[str, float] = NO_DEBTS
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -33,23 +42,29 @@ class Prompts:
         """Its `computed` is what is thought to be cached, until the cache says how much there is."""
         sequence.key = prompt_key(sequence, self._predictor, self._order)
         insort(self._waiting, (sequence.key, sequence.number, sequence))
+        self._tenants[sequence.tenant] += 1
 
     def remove(self, sequence: SimSequence) -> None:
         self._waiting.remove((sequence.key, sequence.number, sequence))
+        self._tenants[sequence.tenant] -= 1
+        if not self._tenants[sequence.tenant]:
+            del self._tenants[sequence.tenant]
+
+    def charge(self, tenant: str, seconds: float) -> None:
+        """A prompt of the tenant is computed for so long."""
+        self._fairness.charge(tenant, seconds)
 
     def plan(self, running: Sequence[SimSequence], batch: int) -> list[Work[SimSequence]]:
         """Work on prompts for the next forward, beside `running` of a `batch` that decode; empty when none is ready."""
         most = self._limits.batch + LOOK_AHEAD
+        self.debts = self._fairness.debts(self._tenants)
         while True:
-            ready: list[SimSequence] = []
-            for _, _, sequence in self._waiting:
-                if sequence.landed:
-                    ready.append(sequence)
-                    if len(ready) == most:
-                        break
+            landed = (sequence for _, _, sequence in self._waiting if sequence.landed)
+            # Debts change the order in which they are kept.
+            ready = list(landed) if self.debts else list(islice(landed, most))
             if not ready:
                 return []
-            work = plan_step([*running, *ready], self._limits, self._predictor, self._order)[batch:]
+            work = plan_step([*running, *ready], self._limits, self._predictor, self._order, self.debts)[batch:]
             # Until the plan agrees with what the cache has.
             if not [item for item in work if self._refresh(item.sequence)]:
                 return work

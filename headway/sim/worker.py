@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from headway.core.order import Order
 from headway.core.step import StepLimits, Work
@@ -51,6 +51,11 @@ class SimWorker:
         self._since_s = 0.0
         self._wake_up = 0
         self._last: SimSequence | None = None
+
+    @property
+    def debts(self) -> Mapping[str, float]:
+        """Of the tenants whose prompts wait; see core.fair."""
+        return self._prompts.debts
 
     def submit(self, sequence: SimSequence) -> None:
         """Compute its prompt, as soon as what is pulled for it has landed."""
@@ -119,6 +124,7 @@ class SimWorker:
                 self._prompts.start(item, self._clock.now_s)
             item_s = self._hardware.prefill_s(item.count, item.start) * sequence.noise
             seconds += max(0.0, item_s - fixed_s) if seconds else item_s
+            self._prompts.charge(sequence.tenant, item_s)
         self.busy_s += seconds
         if len(self.batch):
             seconds += self.batch.seconds(1)

@@ -773,6 +773,26 @@ Global___WorkerHello: _TypeAlias = WorkerHello  # noqa: Y015
 class WorkerStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class DebtsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     READY_FIELD_NUMBER: _builtins.int
     WAITING_SEQUENCES_FIELD_NUMBER: _builtins.int
     RUNNING_SEQUENCES_FIELD_NUMBER: _builtins.int
@@ -786,6 +806,7 @@ class WorkerStatus(_message.Message):
     STEP_ERROR_FIELD_NUMBER: _builtins.int
     PROMPTS_FIELD_NUMBER: _builtins.int
     OTHERS_FIELD_NUMBER: _builtins.int
+    DEBTS_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """Attached to its kvstore and able to serve."""
     waiting_sequences: _builtins.int
@@ -813,6 +834,12 @@ class WorkerStatus(_message.Message):
     def others(self) -> Global___BatchShare:
         """Of the sequences that decode here, or will once their prompts are computed elsewhere, those of other routers."""
 
+    @_builtins.property
+    def debts(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """By tenant, of those whose prompts wait: seconds of computing that they had beyond the one that had least. Their
+        prompts come that much later. Empty when only one waits.
+        """
+
     def __init__(
         self,
         *,
@@ -829,10 +856,11 @@ class WorkerStatus(_message.Message):
         step_error: _builtins.float = ...,
         prompts: _abc.Iterable[Global___QueuedPrompt] | None = ...,
         others: Global___BatchShare | None = ...,
+        debts: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["others", b"others"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_slots", b"free_slots", "kv_tokens", b"kv_tokens", "others", b"others", "prefill_coefficients", b"prefill_coefficients", "prefill_error", b"prefill_error", "prompts", b"prompts", "ready", b"ready", "running_sequences", b"running_sequences", "step_coefficients", b"step_coefficients", "step_error", b"step_error", "total_slots", b"total_slots", "waiting_sequences", b"waiting_sequences", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["debts", b"debts", "free_slots", b"free_slots", "kv_tokens", b"kv_tokens", "others", b"others", "prefill_coefficients", b"prefill_coefficients", "prefill_error", b"prefill_error", "prompts", b"prompts", "ready", b"ready", "running_sequences", b"running_sequences", "step_coefficients", b"step_coefficients", "step_error", b"step_error", "total_slots", b"total_slots", "waiting_sequences", b"waiting_sequences", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -849,6 +877,7 @@ class QueuedPrompt(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
+    DEBT_S_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     remaining_tokens: _builtins.int
     """What is left to compute, after so many tokens that are computed or cached."""
@@ -859,6 +888,8 @@ class QueuedPrompt(_message.Message):
     """The forward that runs now has a chunk of it."""
     started: _builtins.bool
     """Some of it was computed here: before that, what is fetched or computed for a sibling is not counted."""
+    debt_s: _builtins.float
+    """Its tenant's, see WorkerStatus.debts."""
     def __init__(
         self,
         *,
@@ -869,10 +900,11 @@ class QueuedPrompt(_message.Message):
         priority: _builtins.int = ...,
         running: _builtins.bool = ...,
         started: _builtins.bool = ...,
+        debt_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_s", b"arrival_s", "computed_tokens", b"computed_tokens", "priority", b"priority", "remaining_tokens", b"remaining_tokens", "running", b"running", "sequence_id", b"sequence_id", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_s", b"arrival_s", "computed_tokens", b"computed_tokens", "debt_s", b"debt_s", "priority", b"priority", "remaining_tokens", b"remaining_tokens", "running", b"running", "sequence_id", b"sequence_id", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

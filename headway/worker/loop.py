@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from headway.core.fair import Fairness
+from headway.core.fair import NO_DEBTS, Fairness
 from headway.core.fit import ForwardWork, Timing
 from headway.core.leases import REMOTE
 from headway.core.order import Order
@@ -55,6 +55,8 @@ class EngineLoop:
         self.order = order
         self.timing = timing
         self.fairness = Fairness()
+        # Of the tenants that waited when the last forward was planned.
+        self.debts: Mapping[str, float] = NO_DEBTS
         self._on_load = on_load
         self._actives: dict[Sequence, Active] = {}
         # Told to expect, by router: nothing is held for them yet.
@@ -194,8 +196,8 @@ class EngineLoop:
 
     def _plan(self) -> list[Work[Sequence]]:
         ready = [active.sequence for active in self._actives.values() if active.runnable]
-        debts = self.fairness.debts({sequence.tenant for sequence in ready if not sequence.decoding})
-        work = plan_step(ready, self._limits, self.timing.predictor, self.order, debts)
+        self.debts = self.fairness.debts({sequence.tenant for sequence in ready if not sequence.decoding})
+        work = plan_step(ready, self._limits, self.timing.predictor, self.order, self.debts)
         kept: list[Work[Sequence]] = []
         for item in work:
             active = self._actives[item.sequence]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import nsmallest
+from heapq import nlargest, nsmallest
+from operator import itemgetter
 
 from headway.core.sequence import Sequence
 from headway.core.step import prompt_key
@@ -13,6 +14,8 @@ from headway.worker.loop import EngineLoop
 
 # Named one by one; a router that has to wait for more than these knows enough.
 MOST_PROMPTS = 64
+# Those with the largest debts, which matter most.
+MOST_TENANTS = 64
 
 
 def worker_status(loop: EngineLoop, router_id: str) -> router_pb2.WorkerStatus:
@@ -38,13 +41,15 @@ def worker_status(loop: EngineLoop, router_id: str) -> router_pb2.WorkerStatus:
         prefill_error=timing.prefill.error,
         step_error=timing.step.error,
         prompts=_prompts(loop, waiting),
+        debts=dict(nlargest(MOST_TENANTS, loop.debts.items(), key=itemgetter(1))),
         others=_share([*others, *coming, *loop.expected_by_others(router_id)]),
     )
 
 
 def _prompts(loop: EngineLoop, waiting: list[Active]) -> Iterable[router_pb2.QueuedPrompt]:
     predictor, order = loop.timing.predictor, loop.order
-    first = nsmallest(MOST_PROMPTS, waiting, key=lambda a: prompt_key(a.sequence, predictor, order))
+    debts = loop.debts
+    first = nsmallest(MOST_PROMPTS, waiting, key=lambda a: prompt_key(a.sequence, predictor, order, debts))
     for active in first:
         sequence = active.sequence
         yield router_pb2.QueuedPrompt(
@@ -55,6 +60,7 @@ def _prompts(loop: EngineLoop, waiting: list[Active]) -> Iterable[router_pb2.Que
             priority=sequence.priority,
             running=active.stepping,
             started=active.started_s > 0,
+            debt_s=debts.get(sequence.tenant, 0.0),
         )
 
 

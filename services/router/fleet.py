@@ -70,6 +70,7 @@ class Worker:
         load.others_are(Share(others.sequences, others.kv_tokens, others.growth_tokens))
         load.reported = status.waiting_sequences
         load.total_slots = status.total_slots
+        load.debts = dict(status.debts)
         load.predictor = predictor = Predictor(
             coefficients(status.prefill_coefficients[:]), coefficients(status.step_coefficients[:])
         )
@@ -81,7 +82,7 @@ class Worker:
             if queued.started:
                 started.add(queued.sequence_id)
             seconds = predictor.prefill_s(queued.remaining_tokens, queued.computed_tokens)
-            key = self._order.key(seconds, queued.remaining_tokens, queued.arrival_s, queued.priority)
+            key = self._order.key(seconds, queued.remaining_tokens, queued.arrival_s, queued.priority, queued.debt_s)
             prompts.append(Prompt(queued.sequence_id, key, seconds, queued.remaining_tokens))
         running = next((queued.sequence_id for queued in status.prompts if queued.running), None)
         load.backlog.report(prompts, started, running, self.status_at)

@@ -66,6 +66,7 @@ class Job:
             resident=resident,
             promised=promised,
             priority=request.priority,
+            tenant=request.tenant,
             objective_s=due_s,
             prefill_worker=placement.prefill_worker if hinted else "",
             decode_worker=placement.decode_worker if hinted else "",

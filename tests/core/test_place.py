@@ -183,6 +183,18 @@ def test_decode_computes_little_by_itself() -> None:
     assert picked(made, resident={"n": 80}, force_apart=True) == ("p0", "d0")
 
 
+def test_a_tenant_in_debt_waits_where_it_has_debts() -> None:
+    made = placer(worker("p0", queued_s=0.1), worker("d0"), local_prefill_tokens=0)
+    made.loads["p0"].backlog.add(Prompt("waits", (0, 0.5), 0.5, 500), 0.0)
+    made.loads["p0"].debts = {"flood": 3.0, "other": 0.0}
+    waits = {}
+    for tenant in ("flood", "other", "new"):
+        option = made.place(ask(tenant=tenant), 0.0)
+        assert option is not None
+        waits[tenant] = option.wait_s
+    assert waits == {"flood": pytest.approx(0.6), "other": pytest.approx(0.1), "new": pytest.approx(0.1)}
+
+
 def test_decode_computes_nothing_that_breaks_its_pace() -> None:
     made = placer(worker("p0", queued_s=5.0), worker("d0", running=4), itl_objective_s=0.03)
     assert picked(made, resident={"n": 80}) == ("p0", "d0")

@@ -145,6 +145,20 @@ async def test_explain_lists_every_option_the_pick_first() -> None:
         assert not any(fake.starts for fake in rig.fakes)
 
 
+async def test_tenants_debts_put_their_prompts_back() -> None:
+    async with Rig() as rig:
+        fake = await rig.add("m0")
+        fake.status.prefill_coefficients.extend([0.0, 1e-3, 0.0])
+        fake.status.debts["flood"] = 7.0
+        queued = router_pb2.QueuedPrompt(sequence_id="x", remaining_tokens=500, arrival_s=0.0, debt_s=7.0)
+        fake.status.prompts.append(queued)
+        load = rig.service.fleet.workers["m0"].load
+        await until(lambda: "x" in load.backlog)
+        assert load.debts == {"flood": 7.0}
+        (prompt,) = load.backlog
+        assert prompt.key == (0, pytest.approx(0.5 + 7.0))
+
+
 async def test_what_other_routers_sent_comes_and_goes_with_the_status() -> None:
     async with Rig() as rig:
         fake = await rig.add("d0")

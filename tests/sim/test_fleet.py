@@ -159,6 +159,18 @@ def test_priority_goes_first() -> None:
     assert (outcome.sequences[-1].ttft_s or math.inf) < ttfts[8]
 
 
+def test_a_tenants_flood_delays_the_tenant_and_not_the_others() -> None:
+    flood = [request(0.01 * number, 2000, tenant="flood") for number in range(400)]
+
+    def waited(tenant: str) -> float:
+        requests = sorted([*flood, request(1.0, 4000, tenant=tenant)], key=lambda r: r.arrival_s)
+        sequences = run("headway", trace(*requests), prefill=2, decode=1).sequences
+        return next(s.ttft_s or 0.0 for s in sequences if s.request.prompt_tokens == 4000)
+
+    assert waited("other") < 2.0
+    assert waited("flood") > 10.0
+
+
 def test_ageing_bounds_what_goes_before_a_long_prompt() -> None:
     """Short prompts that come for ever, at the full load of the worker."""
     hardware = Linear("h", "", Predictor((0.0, 1e-3, 0.0), (0.01, 0.0, 0.0)), 8, 1 << 20)

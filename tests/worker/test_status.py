@@ -70,6 +70,17 @@ async def test_a_long_queue_is_counted_and_not_named_to_its_end(monkeypatch: pyt
     bench.loop.close()
 
 
+async def test_debts_put_prompts_back_and_are_told() -> None:
+    bench = Bench(StepLimits(8, 64))
+    for tenant, tokens in (("flood", 10), ("other", 20)):
+        bench.loop.start(replace(sequence([1] * tokens), sequence_id=tenant, tenant=tenant), of_router("a"))
+    bench.loop.debts = {"flood": 5.0, "other": 0.0}
+    status = worker_status(bench.loop, "a")
+    assert [(prompt.sequence_id, prompt.debt_s) for prompt in status.prompts] == [("other", 0.0), ("flood", 5.0)]
+    assert dict(status.debts) == {"flood": 5.0, "other": 0.0}
+    bench.loop.close()
+
+
 async def test_predictions_and_their_error_go_along() -> None:
     bench = Bench(StepLimits(8, 64))
     for number in range(30):
