@@ -26,7 +26,6 @@ from headway.core.index import PrefixIndex
 from headway.core.keys import block_keys, join_keys, key_namespace
 from headway.core.links import Links
 from headway.core.load import Role, WorkerLoad
-from headway.core.order import Order
 from headway.core.place import Placer
 from headway.core.policy import LeastDelay, Planner
 from headway.core.predict import Predictor
@@ -47,7 +46,7 @@ BATCH = 32
 
 def make_placer(workers: int) -> Placer:
     links = Links(0.001, 25e9)
-    planner = Planner(Order(), links, token_bytes=131072)
+    planner = Planner(links, token_bytes=131072)
     rules = Rules(BLOCK, local_prefill_tokens=2048, itl_objective_s=0.1, max_wait_s=300.0)
     placer = Placer(rules, LeastDelay(planner), planner, PrefixIndex(1 << 24))
     draw = random.Random(1)

@@ -40,12 +40,12 @@ class Backlog:
     """
 
     __slots__ = (
-        "_exec_s", "_order", "_others", "_promised", "_prompts", "_waiting", "chunk_s", "running", "tokens", "until_s",
+        "_exec_s", "_others", "_promised", "_prompts", "_waiting", "chunk_s", "order", "running", "tokens", "until_s",
     )  # fmt: skip
 
     def __init__(self, chunk_s: float = math.inf, order: Order = DEFAULT_ORDER) -> None:
         self.chunk_s = chunk_s
-        self._order = order
+        self.order = order
         # Left to compute, of waiting and running prompts.
         self.tokens = 0
         self._prompts: dict[Hashable, Prompt] = {}
@@ -91,7 +91,7 @@ class Backlog:
         if left < 0.0:
             left = 0.0
         pushed = 0
-        if self.chunk_s != math.inf and key < self._order.advanced(running.key, running.exec_s - left):
+        if self.chunk_s != math.inf and key < self.order.advanced(running.key, running.exec_s - left):
             pushed = 1
             if left > self.chunk_s:
                 left = self.chunk_s
@@ -123,7 +123,7 @@ class Backlog:
         if self.chunk_s == math.inf:
             yield None, rest_s
             rest_s = 0.0
-        running_key = self._order.advanced(running.key, running.exec_s - rest_s)
+        running_key = self.order.advanced(running.key, running.exec_s - rest_s)
         for place, _, prompt in self._waiting:
             if rest_s and running_key <= place:
                 yield (running if running_key > key else None), rest_s
@@ -169,7 +169,7 @@ class Backlog:
             return
         if running is not None:
             left_s = max(0.0, self.until_s - now_s)
-            running.key, running.exec_s = self._order.advanced(running.key, running.exec_s - left_s), left_s
+            running.key, running.exec_s = self.order.advanced(running.key, running.exec_s - left_s), left_s
             self._queue(running)
         self._run(self._unqueue(prompt), now_s)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from headway.core.ask import Ask
 from headway.core.links import Links
 from headway.core.load import WorkerLoad
-from headway.core.order import Key, Order
+from headway.core.order import Key
 
 # What a second of a stream that stands still counts for against a second of a first token that is waited for.
 STREAM_WEIGHT = 0.25
@@ -56,8 +56,7 @@ class Policy(Protocol):
 class Planner:
     """Predicts what a candidate would take. `token_bytes`: KV bytes of a token, for pulls; 0 switches pulls off."""
 
-    def __init__(self, order: Order, links: Links, token_bytes: int) -> None:
-        self.order = order
+    def __init__(self, links: Links, token_bytes: int) -> None:
         self.links = links
         self.token_bytes = token_bytes
 
@@ -99,7 +98,7 @@ class Planner:
     def key(self, ask: Ask, load: WorkerLoad, exec_s: float, new: int) -> Key:
         """Its place in the worker's queue, with `new` tokens and `exec_s` seconds to compute."""
         debt_s = load.debts.get(ask.tenant, 0.0) if load.debts else 0.0
-        return self.order.key(exec_s, new, ask.arrival_s, ask.priority, debt_s)
+        return load.backlog.order.key(exec_s, new, ask.arrival_s, ask.priority, debt_s)
 
     def _way(
         self, ask: Ask, candidate: Candidate, overlap: int, pull_from: str | None, pull_s: float, now_s: float

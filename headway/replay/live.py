@@ -39,10 +39,8 @@ class Live:
         scenario, order = self.scenario, self.entry.order
         hardware, limits = scenario.hardware, scenario.limits
         predictor = hardware.predictor
-        ordered = ["--order", order.rule.value, "--ageing", str(order.ageing)]
         objective_s = 0.0 if math.isinf(scenario.itl_objective_s) else scenario.itl_objective_s
         router = [
-            *ordered,
             "--policy", self.entry.name,
             "--local-prefill-tokens", str(scenario.local_prefill_tokens if self.entry.local else 0),
             "--itl-objective-s", str(objective_s),
@@ -52,7 +50,7 @@ class Live:
             "--link-bytes-per-s", str(scenario.link_bytes_per_s),
         ]  # fmt: skip
         worker = [
-            *ordered,
+            "--order", order.rule.value, "--ageing", str(order.ageing),
             "--sim-prefill", ",".join(map(str, predictor.prefill)), "--sim-step", ",".join(map(str, predictor.step)),
             "--max-batch", str(hardware.batch), "--chunk-tokens", str(limits.chunk_tokens),
             "--chunk-s", str(limits.chunk_s), "--shared-chunk-s", str(limits.shared_chunk_s),

@@ -733,6 +733,8 @@ class WorkerHello(_message.Message):
     MAX_BATCH_FIELD_NUMBER: _builtins.int
     CHUNK_S_FIELD_NUMBER: _builtins.int
     SHARED_CHUNK_S_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    AGEING_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     node_id: _builtins.str
     role: _common_pb2.WorkerRole.ValueType
@@ -745,6 +747,9 @@ class WorkerHello(_message.Message):
     chunk_s: _builtins.float
     """Seconds that a forward of prompts may take, and that prompts may add to a step in which others decode."""
     shared_chunk_s: _builtins.float
+    order: _builtins.str
+    """In which order it computes prompts: shortest (with that ageing), arrival or wspt."""
+    ageing: _builtins.float
     @_builtins.property
     def model(self) -> _common_pb2.ModelCard: ...
     def __init__(
@@ -760,10 +765,12 @@ class WorkerHello(_message.Message):
         max_batch: _builtins.int = ...,
         chunk_s: _builtins.float = ...,
         shared_chunk_s: _builtins.float = ...,
+        order: _builtins.str = ...,
+        ageing: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "chunk_s", b"chunk_s", "kvstore_address", b"kvstore_address", "max_batch", b"max_batch", "model", b"model", "node_id", b"node_id", "pid", b"pid", "role", b"role", "shared_chunk_s", b"shared_chunk_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ageing", b"ageing", "chunk_s", b"chunk_s", "kvstore_address", b"kvstore_address", "max_batch", b"max_batch", "model", b"model", "node_id", b"node_id", "order", b"order", "pid", b"pid", "role", b"role", "shared_chunk_s", b"shared_chunk_s", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -92,6 +92,8 @@ async def run_worker(
         max_batch=config.max_batch,
         chunk_s=config.chunk_s,
         shared_chunk_s=config.shared_chunk_s,
+        order=config.order,
+        ageing=config.ageing,
     )
 
     def current_hello() -> router_pb2.WorkerHello:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headway.core.baselines import BASELINES
-from headway.core.order import Rule
 from headway.runtime.config import ConfigError, option
 
 OURS = "headway"
 POLICIES = (OURS, *BASELINES)
-ORDERS = tuple(rule.value for rule in Rule)
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,6 @@ class RouterConfig:
     max_queued: int = option(512, "prompts waiting at one worker; a worker with more gets none")
     max_wait_s: float = option(300.0, "predicted seconds of prompts at a worker; with more it gets none; 0: no limit")
     policy: str = option(OURS, "how prompts are placed: headway's way, or another's to compare with", choices=POLICIES)
-    order: str = option("shortest", "in which order workers compute prompts: what their setting says", choices=ORDERS)
-    ageing: float = option(0.1, "of the order shortest: what the workers' setting says")
     max_buffered: int = option(4096, "messages kept for a client that does not read; more end its request")
     max_request_s: float = option(600.0, "seconds that a request may take, whatever deadline it asks for")
     status_timeout_s: float = option(2.0, "seconds without a status after which a worker counts as gone")
@@ -49,7 +45,7 @@ class RouterConfig:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be above 0")
         for name in (
             "no_worker_timeout_s", "store_linger_s", "local_prefill_tokens", "drain_s", "pull_latency_s", "max_wait_s",
-            "ageing", "itl_objective_s", "link_bytes_per_s",
+            "itl_objective_s", "link_bytes_per_s",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 0")

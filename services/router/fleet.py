@@ -16,7 +16,7 @@ from headway.core.backlog import Backlog, Prompt
 from headway.core.index import PrefixIndex
 from headway.core.links import Links
 from headway.core.load import Role, Share, WorkerLoad
-from headway.core.order import Order
+from headway.core.order import Order, Rule
 from headway.core.place import Placer
 from headway.core.predict import Predictor, coefficients
 from headway.runtime.convert import card_from_proto
@@ -44,7 +44,7 @@ ROLES = {
 class Worker:
     """One announced incarnation of a worker; a worker that comes back is a new one."""
 
-    def __init__(self, hello: router_pb2.WorkerHello, lease: asyncio.Timeout, router_id: str, order: Order) -> None:
+    def __init__(self, hello: router_pb2.WorkerHello, order: Order, lease: asyncio.Timeout, router_id: str) -> None:
         self.hello = hello
         self.worker_id = hello.worker_id
         self.status = router_pb2.WorkerStatus()
@@ -58,7 +58,6 @@ class Worker:
             backlog=Backlog(hello.chunk_s or math.inf, order),
         )
         self._lease = lease
-        self._order = order
         plane = PREFILL if hello.role == common_pb2.WORKER_ROLE_PREFILL else DECODE
         self.link = Link(hello.address, plane, router_id, self._event, self._broken)
 
@@ -82,7 +81,9 @@ class Worker:
             if queued.started:
                 started.add(queued.sequence_id)
             seconds = predictor.prefill_s(queued.remaining_tokens, queued.computed_tokens)
-            key = self._order.key(seconds, queued.remaining_tokens, queued.arrival_s, queued.priority, queued.debt_s)
+            key = load.backlog.order.key(
+                seconds, queued.remaining_tokens, queued.arrival_s, queued.priority, queued.debt_s
+            )
             prompts.append(Prompt(queued.sequence_id, key, seconds, queued.remaining_tokens))
         running = next((queued.sequence_id for queued in status.prompts if queued.running), None)
         load.backlog.report(prompts, started, running, self.status_at)
@@ -151,11 +152,12 @@ class Fleet:
     def _welcome(self, hello: router_pb2.WorkerHello, lease: asyncio.Timeout) -> Worker:
         if not hello.worker_id or not hello.address or hello.role not in ROLES:
             raise HeadwayError(grpc.StatusCode.INVALID_ARGUMENT, "a worker needs an id, an address and a role")
+        order = order_of(hello)
         self._adopt(hello)
         former = self.workers.pop(hello.worker_id, None)
         if former is not None:
             former.link.close()
-        worker = self.workers[hello.worker_id] = Worker(hello, lease, self._router_id, self.placer.planner.order)
+        worker = self.workers[hello.worker_id] = Worker(hello, order, lease, self._router_id)
         self.placer.add(worker.load)
         address = hello.kvstore_address
         if address not in self.stores:
@@ -259,3 +261,17 @@ class Fleet:
             )
             for store, stats in zip(stores, figures, strict=True)
         ]
+
+
+def order_of(hello: router_pb2.WorkerHello) -> Order:
+    """In which the worker computes prompts; the usual one where it does not say. Raises HeadwayError."""
+    if not hello.order:
+        return Order()
+    try:
+        return Order(Rule(hello.order), hello.ageing)
+    except ValueError:
+        known = ", ".join(rule.value for rule in Rule)
+        message = (
+            f"the worker's order {hello.order!r} is none that this router knows ({known}); start both at one version"
+        )
+        raise HeadwayError(grpc.StatusCode.INVALID_ARGUMENT, message) from None

@@ -10,7 +10,6 @@ from headway.core.filters import Rules
 from headway.core.index import PrefixIndex
 from headway.core.links import Links
 from headway.core.model import ModelCard
-from headway.core.order import Order, Rule
 from headway.core.place import Placer
 from headway.core.policy import LeastDelay, Planner, Policy
 from services.router.config import OURS, RouterConfig
@@ -18,9 +17,8 @@ from services.router.config import OURS, RouterConfig
 
 def make_placer(config: RouterConfig, card: ModelCard, index: PrefixIndex, links: Links) -> Placer:
     """For a model."""
-    order = Order(Rule(config.order), config.ageing)
     token_bytes = card.kv_format.bytes_per_token if config.link_bytes_per_s else 0
-    planner = Planner(order, links, token_bytes)
+    planner = Planner(links, token_bytes)
     ours = config.policy == OURS
     policy: Policy = LeastDelay(planner) if ours else BASELINES[config.policy](planner, random.random)
     rules = Rules(

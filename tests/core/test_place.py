@@ -15,7 +15,6 @@ from headway.core.index import PrefixIndex
 from headway.core.keys import join_keys
 from headway.core.links import Links
 from headway.core.load import Role, Share, WorkerLoad
-from headway.core.order import Order
 from headway.core.place import Placer
 from headway.core.policy import LeastDelay, Planner
 from headway.core.predict import Predictor
@@ -38,7 +37,7 @@ def worker(worker_id: str, *, queued_s: float = 0.0, running: int = 0, **fields:
 def placer(*workers: WorkerLoad, latency_s: float = 0.0, token_s: float = 0.0, **rules: Any) -> Placer:
     """A KV token is one byte, so that `token_s` is what a link takes for it."""
     links = Links(latency_s, 1 / token_s if token_s else 1e12)
-    planner = Planner(Order(), links, token_bytes=1)
+    planner = Planner(links, token_bytes=1)
     made = Placer(
         Rules(**{"block_size": 16, "local_prefill_tokens": 20, "max_queued": 10, **rules}),
         LeastDelay(planner),

@@ -12,7 +12,6 @@ from headway.core.ask import Ask
 from headway.core.backlog import Backlog, Prompt
 from headway.core.links import Links
 from headway.core.load import Role, Share, WorkerLoad
-from headway.core.order import Order
 from headway.core.policy import EQUAL, UNTRIED, Candidate, LeastDelay, Planner, Way
 from headway.core.predict import Predictor
 
@@ -21,7 +20,7 @@ class Counting(Planner):
     """Counts the full accounts."""
 
     def __init__(self) -> None:
-        super().__init__(Order(), Links(0.001, 1e6), token_bytes=100)
+        super().__init__(Links(0.001, 1e6), token_bytes=100)
         self.accounts = 0
 
     def best(self, ask: Ask, candidate: Candidate, tokens: int, holders: Sequence[str], now_s: float) -> Way:

@@ -75,6 +75,7 @@ class Fake:
         self.begins = 0
         self.status = router_pb2.WorkerStatus(ready=True, free_slots=1000, total_slots=1000)
         self.status_every_s = 0.1
+        self.order = ""
         self.silent = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams: list[asyncio.Queue[Any]] = []
@@ -127,6 +128,7 @@ class Fake:
             kvstore_address=self.node,
             model=card_to_proto(self.card),
             max_batch=8,
+            order=self.order,
         )
         yield router_pb2.AnnounceRequest(hello=hello)
         while True:

@@ -145,6 +145,28 @@ async def test_explain_lists_every_option_the_pick_first() -> None:
         assert not any(fake.starts for fake in rig.fakes)
 
 
+async def test_keys_follow_the_order_that_the_worker_announces() -> None:
+    async with Rig() as rig:
+        fake = Fake("m0", common_pb2.WORKER_ROLE_MIXED)
+        fake.order = "arrival"
+        fake.status.prompts.append(router_pb2.QueuedPrompt(sequence_id="x", remaining_tokens=500, arrival_s=9.0))
+        rig.fakes.append(await fake.start(rig.address))
+        await until(lambda: "m0" in rig.service.fleet.workers and "x" in rig.service.fleet.workers["m0"].load.backlog)
+        (prompt,) = rig.service.fleet.workers["m0"].load.backlog
+        assert prompt.key == (0, 9.0)
+
+
+async def test_a_worker_with_an_unknown_order_is_refused() -> None:
+    async with Rig() as rig:
+        hello = router_pb2.WorkerHello(
+            worker_id="m0", address="host:1", role=common_pb2.WORKER_ROLE_MIXED, order="backwards"
+        )
+        with pytest.raises(grpc.aio.AioRpcError, match="'backwards' is none that this router knows") as refused:
+            async for _ in rig.stub.Announce(iter([router_pb2.AnnounceRequest(hello=hello)])):
+                pass
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_tenants_debts_put_their_prompts_back() -> None:
     async with Rig() as rig:
         fake = await rig.add("m0")
