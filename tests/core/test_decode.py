@@ -1,0 +1,95 @@
+"""Who goes on with an answer, and when a decode worker computes the prompt by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from headway.core.ask import Why
+from headway.core.load import Share
+from headway.core.place import Placer
+from headway.core.predict import Predictor
+from tests.core.placing import ask, picked, placer, reasons, worker
+
+
+def test_decode_computes_little_by_itself() -> None:
+    made = placer(worker("p0", queued_s=0.5), worker("d0"))
+    assert picked(made, resident={"n": 80}) == (None, "d0")
+    assert picked(made, resident={"n": 64}) == ("p0", "d0")
+    assert picked(made, resident={"n": 80}, force_apart=True) == ("p0", "d0")
+
+
+def test_decode_computes_nothing_that_breaks_its_pace() -> None:
+    made = placer(worker("p0", queued_s=5.0), worker("d0", running=4), itl_objective_s=0.03)
+    assert picked(made, resident={"n": 80}) == ("p0", "d0")
+    assert "the objective is 30 ms" in reasons(made.options(ask(resident={"n": 80}), 0.0))["d0"]
+    made = placer(worker("p0", queued_s=5.0), worker("d0", running=4), itl_objective_s=0.04)
+    assert picked(made, resident={"n": 80}) == (None, "d0")
+
+
+def test_prompts_that_a_decode_worker_has_already_count_against_its_pace() -> None:
+    made = placer(worker("p0", queued_s=5.0), worker("d0", running=4), itl_objective_s=0.04)
+    option = made.place(ask(prompt_tokens=15), 0.0)
+    assert option is not None
+    assert option.worker == "d0"
+    made.reserve("first", ask(prompt_tokens=15), option, 0.0)
+    assert picked(made, prompt_tokens=15) == ("p0", "d0")
+
+
+def test_a_prompt_at_a_decode_worker_shares_its_steps() -> None:
+    busy = placer(worker("d0", running=4, shared_chunk_s=0.01)).place(ask(), 0.0)
+    assert busy is not None
+    # 100 ms in ten chunks, each beside a step of 14 ms.
+    assert busy.compute_s == pytest.approx(0.1 + 10 * 0.014)
+
+
+@pytest.mark.parametrize("away", [{"ready": False}, {"draining": True}])
+def test_decode_computes_all_when_no_prefill_worker_is_there(away: dict[str, bool]) -> None:
+    made = placer(worker("p0", **away), worker("d0"))
+    assert picked(made) == (None, "d0")
+    assert made.place(ask(force_apart=True), 0.0) is None
+
+
+def test_busy_prefill_workers_are_there_all_the_same() -> None:
+    made = placer(worker("p0", reported=10), worker("d0"))
+    assert made.place(ask(), 0.0) is None
+    assert any(option.refused and option.refused.why is Why.BUSY for option in made.options(ask(), 0.0))
+
+
+def test_mixed_worker_joins_only_where_nobody_else_can() -> None:
+    assert picked(placer(worker("p0", queued_s=0.05), worker("m0"))) == (None, "m0")
+    loaded = worker("m0", queued_s=0.05)
+    assert picked(placer(worker("p0"), loaded)) == ("p0", "m0")
+    assert picked(placer(worker("p0"), loaded, worker("d0", running=8))) == ("p0", "d0")
+
+
+def test_decode_goes_to_another_node_where_its_pace_is_better() -> None:
+    def made(latency_s: float, here: int) -> Placer:
+        workers = [worker("p0", node="a"), worker("d0", node="a", running=here), worker("d1", node="b")]
+        return placer(*workers, latency_s=latency_s)
+
+    assert picked(made(0.005, 0)) == ("p0", "d0")
+    assert picked(made(0.005, 1)) == ("p0", "d1")
+    assert picked(made(0.5, 1)) == ("p0", "d0")
+
+
+def test_a_decode_worker_without_room_for_the_answer_is_the_last_choice() -> None:
+    roomy, tight = worker("d0", running=9), worker("d1", node="b", total_slots=10)
+    tight.others_are(Share(0, 50))
+    assert picked(placer(worker("p0"), roomy, tight), expected_tokens=20) == ("p0", "d0")
+    tight.others_are(Share(0, 20))
+    assert picked(placer(worker("p0"), roomy, tight), expected_tokens=20) == ("p0", "d1")
+
+
+def test_full_batch_is_the_last_choice() -> None:
+    full = worker("d0", running=4, max_batch=4, predictor=Predictor())
+    assert picked(placer(worker("p0"), full, worker("d1", running=9))) == ("p0", "d1")
+    assert picked(placer(worker("p0"), full)) == ("p0", "d0")
+
+
+def test_those_to_come_count_for_decode_and_not_against_computing_there() -> None:
+    decode = worker("d0")
+    for _ in range(60):
+        decode.join(100, 20)
+    made = placer(worker("p0", queued_s=5.0), decode, worker("d1", running=3), itl_objective_s=0.05)
+    assert picked(made, resident={"n": 80}) == (None, "d0")
+    assert picked(made, force_apart=True) == ("p0", "d1")
