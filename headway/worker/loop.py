@@ -1,6 +1,6 @@
 """The engine loop, the same for prefill and decode: plan → forward → apply, over sequences that hold a lease.
 
-Runs on the event loop; only `Engine.forward` runs elsewhere, in one thread. Between `_plan` and `_apply` no block table
+Runs on the event loop; only forwards run elsewhere (worker.forwards). Between `_plan` and `_apply` no block table
 in use changes, and no slot in use is given up.
 """
 
@@ -10,12 +10,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from headway.core.fair import NO_DEBTS, Fairness
-from headway.core.fit import ForwardWork, Timing
+from headway.core.fit import Timing
 from headway.core.leases import REMOTE
 from headway.core.order import Order
 from headway.core.sequence import Sequence
@@ -25,6 +24,7 @@ from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker.active import Active, Interrupt, Phase, Sink
 from headway.worker.attach import Slab
 from headway.worker.convert import failure
+from headway.worker.forwards import Forwards, Result
 from headway.worker.leases import Leases
 from headway.worker.lost import check_device
 
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 # A last chunk that takes longer than this is worth a message to the joiner beforehand.
 OFFER_EARLY_S = 0.005
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-Result = Drawn | None | Exception
 
 
 class EngineLoop:
@@ -73,9 +72,8 @@ class EngineLoop:
         self._wake = asyncio.Event()
         self._between_steps = asyncio.Event()
         self._between_steps.set()
-        self._thread = ThreadPoolExecutor(1, "engine")
+        self._forwards = Forwards(engine, timing, self.fairness, is_bound=lambda: self.slab is not None)
         self.slab: Slab | None = None
-        self.forwards = 0
 
     # ------------------------------------------------------------------ attachment
 
@@ -172,7 +170,6 @@ class EngineLoop:
 
     async def run(self) -> None:
         """Step while there is work; wait otherwise. Raises HeadwayError when the device does not work any more."""
-        loop = asyncio.get_running_loop()
         while True:
             work = self._plan() if self.slab is not None else []
             if not work:
@@ -181,7 +178,7 @@ class EngineLoop:
                 continue
             self._between_steps.clear()
             try:
-                results = await loop.run_in_executor(self._thread, self._forward, self._chunks(work), work)
+                results = await self._forwards.run(work, self._chunks(work))
                 if self.slab is None:
                     # The store was free to give out anew what was read meanwhile.
                     results = [DeviceLost("the kvstore of this node went away")] * len(work)
@@ -192,7 +189,7 @@ class EngineLoop:
                 check_device(results)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._forwards.close()
 
     def _plan(self) -> list[Work[Sequence]]:
         ready = [active.sequence for active in self._actives.values() if active.runnable]
@@ -225,37 +222,6 @@ class EngineLoop:
             tokens = item.sequence.tokens[item.start : item.start + item.count]
             chunks.append(Chunk(tokens, item.start, active.slots, active.draw() if item.draws else None))
         return chunks
-
-    def _forward(self, chunks: list[Chunk], work: list[Work[Sequence]]) -> list[Result]:
-        """In the engine's thread. When the batch fails, each chunk runs alone, so that only the culprit fails."""
-        started = time.monotonic()
-        try:
-            results: list[Result] = list(self._engine.forward(chunks))
-        except DeviceLost as error:
-            return [error] * len(chunks)
-        except Exception:
-            log.exception("event=forward_failed sequences=%d", len(chunks))
-            return [self._forward_alone(chunk) for chunk in chunks]
-        self._measured(work, time.monotonic() - started)
-        self.forwards += 1
-        return results
-
-    def _measured(self, work: list[Work[Sequence]], seconds: float) -> None:
-        prompts = [(item.count, item.start) for item in work if not item.sequence.decoding]
-        decoding = [item.sequence for item in work if item.sequence.decoding]
-        self.timing.observe(ForwardWork(prompts, len(decoding), sum(s.computed for s in decoding)), seconds)
-        new = sum(count for count, _ in prompts)
-        for item in work:
-            if not item.sequence.decoding:
-                self.fairness.charge(item.sequence.tenant, seconds * item.count / new)
-
-    def _forward_alone(self, chunk: Chunk) -> Result:
-        if self.slab is None:
-            return DeviceLost("the kvstore of this node went away")
-        try:
-            return self._engine.forward([chunk])[0]
-        except Exception as error:
-            return error
 
     def _apply(self, work: list[Work[Sequence]], results: list[Result]) -> None:
         for item, result in zip(work, results, strict=True):
