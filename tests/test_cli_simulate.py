@@ -50,6 +50,18 @@ def test_simulate_prints_a_table_and_writes_a_report(tmp_path: Path, capsys: Cap
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_cannot_be_in_time_is_refused_where_that_is_asked_for(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "report"
+    rush = ["simulate", *SHORT, "--policy", "headway", "--speed", "8", "--out", str(out)]
+    assert main([*rush, "--refuse-late"]) == 0
+    late = json.loads((out / "report.json").read_text())["runs"][0]
+    assert main([*rush, "--max-wait-s", "0.5"]) == 0
+    bounded = json.loads((out / "report.json").read_text())["runs"][0]
+    assert 0 < late["refused"] < late["requests"]
+    assert 0 < bounded["refused"] < bounded["requests"]
+    capsys.readouterr()
+
+
 def test_all_policies_of_a_trace_file(tmp_path: Path, capsys: Capture) -> None:
     row = {"timestamp": 0, "input_length": 600, "output_length": 3, "hash_ids": [0, 3]}
     path = tmp_path / "t.jsonl"

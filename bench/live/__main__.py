@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.live.setting import HEAVY, LEAST_TTFT_S, USUAL, Run, add_arguments, find_trace, run, scenario
 from bench.live.spike import overload, spike
-from bench.report import busy_share, finish, mark, plot_lines
+from bench.report import busy_share, finish, mark, plot_lines, progress
 
 PARTS = ("policies", "heavy", "routers", "spike", "overload")
 POLICIES = ("headway", "reference", "round-robin")
@@ -43,6 +43,7 @@ def main() -> None:
             runs.append(three)
         if "spike" in parts:
             result["spike"] = found = spike(trace, USUAL)
+            progress(f"  {found}")
             marks["spike_admitted_in_slo"] = mark(found["admitted_in_slo"], 0.99, "share", at_most=False)
             marks["spike_itl_p99_ratio"] = mark(found["itl_p99_ratio"], 1.2, "ratio", at_most=True)
             marks["spike_drained_vs_backlog"] = mark(found["drained_vs_backlog"], 2.0, "ratio", at_most=True)
@@ -52,7 +53,7 @@ def main() -> None:
             marks["overload_goodput_ratio"] = mark(found["goodput_ratio"], 0.9, "ratio", at_most=False)
     result["runs"] = {made.name: made.row() for made in runs}
     # Where queues decide: nine in ten of all first tokens may wait three times as long as they take by themselves.
-    queued = [made for made in runs[:4] if made.p90_over_unloaded() >= 3 and made.outcome.load >= 0.7]
+    queued = [made for made in runs[:4] if made.p90_over_unloaded() >= 3 and made.load >= 0.7]
     if {"policies", "heavy"} & set(parts):
         # Without such a run nothing is shown, and nothing holds.
         worst = max((abs(error) for made in queued for error in made.errors()), default=99.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,6 @@ import grpc
 from bench.live.setting import LINK_S, hardware, scenario
 from bench.report import progress
 from headway.client import Client
-from headway.client.request import Options
 from headway.fleet import Fleet
 from headway.replay.drive import Replay, Seen
 from headway.replay.live import Live, replay
@@ -20,7 +19,7 @@ from headway.replay.seen import in_slo
 from headway.sim.objective import Objective
 from headway.sim.policies import entries
 from headway.sim.summary import percentile
-from headway.sim.trace import Trace, TraceRequest
+from headway.sim.trace import Trace
 
 # The base load, so many times below that of the other runs: 2.5 such spikes' worth of room is left to drain one.
 SLOWER = 2.2
@@ -65,16 +64,6 @@ def with_spike(trace: Trace, at_s: float, seconds: float, factor: float) -> Trac
     return replace(trace, requests=[replace(r, arrival_s=moved(r.arrival_s)) for r in trace.requests])
 
 
-def objective_s(times: float) -> Callable[[TraceRequest], Options]:
-    """Each request's own objective, and that it is refused when it cannot be met."""
-    machine = hardware(times)
-
-    def options(request: TraceRequest) -> Options:
-        return {"ttft_objective_s": OBJECTIVE.seconds(request, machine), "refuse_late": True, "deadline_s": DEADLINE_S}
-
-    return options
-
-
 def admitted(seen: Sequence[Seen]) -> list[Seen]:
     """All but those that were refused at once."""
     return [
@@ -99,10 +88,10 @@ def spike(trace: Trace, times: float) -> dict[str, Any]:
     spiked = with_spike(base, SPIKE_AT_S, SPIKE_S, SPIKE)
     spiked = replace(spiked, requests=[r for r in spiked.requests if r.arrival_s <= LONG_S])
     watch = Watch(LONG_S)
-    where = scenario(times, itl_objective_s=0.055)
+    where = scenario(times, itl_objective_s=0.055, objective=OBJECTIVE)
     progress(f"spike: {len(spiked)} requests in {spiked.span_s:.0f} s")
-    live = Live(where, entries()["headway"])
-    seen = replay(spiked, live, options=objective_s(times), during=watch, on_done=lambda _: None)
+    live = Live(where, entries()["headway"], deadline_s=DEADLINE_S)
+    seen = replay(spiked, live, during=watch, on_done=lambda _: None)
     let_in, good = admitted(seen), in_time(seen, times)
     end_s = SPIKE_AT_S + SPIKE_S
     before, during = running_gaps(seen, SPIKE_AT_S, SPIKE_AT_S, SPIKE_S)
@@ -146,8 +135,8 @@ def overload(trace: Trace, times: float) -> dict[str, Any]:
         faster = trace.faster(factor)
         part = replace(faster, requests=[r for r in faster.requests if r.arrival_s <= OVERLOAD_S])
         progress(f"{name}: {len(part)} requests in {OVERLOAD_S:.0f} s")
-        live = Live(scenario(times), entries()["headway"])
-        seen = replay(part, live, options=objective_s(times), on_done=lambda _: None)
+        live = Live(scenario(times, objective=OBJECTIVE), entries()["headway"], deadline_s=DEADLINE_S)
+        seen = replay(part, live, on_done=lambda _: None)
         good = in_time(seen, times)
         rates[name] = {
             "requests": len(seen),

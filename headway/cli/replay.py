@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from headway.cli.show import table
 from headway.cli.simulate import add_arguments as add_simulate_arguments
-from headway.cli.simulate import load_trace, make_policies, make_scenario
+from headway.cli.simulate import load_trace, make_objective, make_policies, make_scenario
 from headway.fleet import FleetError
 from headway.replay.live import Live, replay
 from headway.replay.seen import SUMMARY_HEADS, live_row, simulated_row
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (TraceError, HardwareError, ValueError) as error:
         print(f"headway replay: {error}", file=sys.stderr)
         return 2
-    objective = Objective(arguments.slo_s, arguments.slo_factor)
+    objective = make_objective(arguments)
     for speed in arguments.speed:
         rows = []
         for entry in policies:

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (TraceError, HardwareError, ValueError) as error:
         print(f"headway simulate: {error}", file=sys.stderr)
         return 2
-    objective = Objective(arguments.slo_s, arguments.slo_factor)
+    objective = make_objective(arguments)
     summaries: dict[float, list[Summary]] = {}
     outcomes: list[Outcome] = []
     for speed in arguments.speed:
@@ -80,6 +80,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     policy.add_argument(
         "--slo-factor", type=float, default=2.0, help="and so many times the prompt's own time (default: %(default)s)"
+    )
+    policy.add_argument("--refuse-late", action="store_true", help="refuse what cannot meet the objective")
+    policy.add_argument(
+        "--max-wait-s", type=float, default=0.0, help="predicted seconds of a worker's queue, at most; 0: no bound"
     )
     command.add_argument("--out", metavar="DIR", help="write report.json, requests.csv and report.png there")
 
@@ -126,8 +130,14 @@ def make_scenario(arguments: argparse.Namespace) -> Scenario:
         stale_s=arguments.stale_s,
         local_prefill_tokens=arguments.local_prefill_tokens,
         itl_objective_s=arguments.itl_objective_s or math.inf,
+        objective=make_objective(arguments) if arguments.refuse_late else None,
+        max_wait_s=arguments.max_wait_s or math.inf,
         seed=arguments.seed,
     )
+
+
+def make_objective(arguments: argparse.Namespace) -> Objective:
+    return Objective(arguments.slo_s, arguments.slo_factor)
 
 
 def make_policies(arguments: argparse.Namespace) -> list[Entry]:

@@ -32,7 +32,8 @@ class Live:
     scenario: Scenario
     entry: Entry
     routers: int = 1
-    max_wait_s: float = 0.0
+    # Of each request; one that has no end by then has failed.
+    deadline_s: float = 3600.0
 
     @property
     def spec(self) -> FleetSpec:
@@ -44,8 +45,8 @@ class Live:
             "--policy", self.entry.name,
             "--local-prefill-tokens", str(scenario.local_prefill_tokens if self.entry.local else 0),
             "--itl-objective-s", str(objective_s),
-            "--max-wait-s", str(self.max_wait_s),
-            "--max-in-flight", "100000", "--max-queued", "100000", "--max-request-s", "3600",
+            "--max-wait-s", str(0.0 if math.isinf(scenario.max_wait_s) else scenario.max_wait_s),
+            "--max-in-flight", "100000", "--max-queued", "100000", "--max-request-s", str(self.deadline_s),
             "--pull-latency-s", str(scenario.link_latency_s),
             "--link-bytes-per-s", str(scenario.link_bytes_per_s),
         ]  # fmt: skip
@@ -68,26 +69,29 @@ class Live:
             flags={"router": router},
         )
 
+    def options(self, request: TraceRequest) -> Options:
+        """The request's own objective, where the scenario has one."""
+        options: Options = {"deadline_s": self.deadline_s}
+        objective = self.scenario.objective
+        if objective is not None:
+            options |= {"ttft_objective_s": objective.seconds(request, self.scenario.hardware), "refuse_late": True}
+        return options
+
 
 During = Callable[[Fleet, Replay], None]
-NO_OPTIONS: Options = {}
 
 
 def replay(
     trace: Trace,
     live: Live,
     *,
-    options: Callable[[TraceRequest], Options] = lambda request: NO_OPTIONS,
     during: During | None = None,
     on_done: Callable[[Seen], None],
 ) -> list[Seen]:
-    """Start the fleet, send the trace, stop the fleet; `options` are those of each request.
-
-    `during` runs in a thread beside. Raises FleetError.
-    """
+    """Start the fleet, send the trace, stop the fleet. `during` runs in a thread beside. Raises FleetError."""
     with tempfile.TemporaryDirectory(prefix="headway-replay-") as folder, Fleet(live.spec, Path(folder)) as fleet:
         fleet.wait_ready()
-        return asyncio.run(_drive(Replay(trace, fleet.addresses, options, on_done), fleet, during))
+        return asyncio.run(_drive(Replay(trace, fleet.addresses, live.options, on_done), fleet, during))
 
 
 async def _drive(run: Replay, fleet: Fleet, during: During | None) -> list[Seen]:

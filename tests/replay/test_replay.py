@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import grpc
+
 from headway.core.predict import Predictor
 from headway.core.step import StepLimits
 from headway.replay.live import Live, replay
@@ -48,3 +50,22 @@ def test_a_replay_serves_every_request_and_finds_the_shared_prefixes() -> None:
     simulated = simulated_row(SimFleet(trace, scenario, entry).run(), Objective())
     assert len(row) == len(simulated) == len(SUMMARY_HEADS)
     assert (row[1], simulated[1], row[-1]) == ("live", "simulated", "0")
+
+
+def test_a_replay_refuses_live_and_simulated_what_cannot_be_in_time() -> None:
+    hardware = Linear("h", "", Predictor((0.002, 1e-3, 0.0), (0.005, 0.0, 0.0)), 8, 64_000, 16)
+    scenario = Scenario(
+        hardware, 1, 1, nodes=1, limits=StepLimits(16, 1 << 20, 0.25, 0.05), objective=Objective(0.5, 1.0)
+    )
+    # Each takes half a second, one after the other; two or three can be in time.
+    requests = [
+        TraceRequest(0.01 * at, 16 * 30 + 5, 2, [bytes([at, number]) * 8 for number in range(31)]) for at in range(8)
+    ]
+    trace = Trace("t", 16, requests)
+    entry = entries()["headway"]
+    seen = replay(trace, Live(scenario, entry), on_done=lambda _: None)
+    refused = [one for one in seen if not one.ok]
+    assert {one.code for one in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    outcome = SimFleet(trace, scenario, entry).run()
+    assert abs(len(refused) - sum(s.refused for s in outcome.sequences)) <= 1
+    assert 4 <= len(refused) <= 7
