@@ -15,9 +15,8 @@ from headway.replay.drive import Seen
 from headway.replay.live import Live, replay
 from headway.replay.seen import gaps, ttfts
 from headway.sim.fleet import Outcome, Scenario, SimFleet
-from headway.sim.hardware import Linear
+from headway.sim.hardware import STUDY, Linear
 from headway.sim.policies import Entry, entries
-from headway.sim.presets import STUDY
 from headway.sim.summary import percentile
 from headway.sim.trace import Trace, read_trace
 

@@ -20,7 +20,7 @@ class Answer:
 
     ttft_s: float
     tokens: tuple[int, ...]
-    usage: common_pb2.Usage
+    usage: router_pb2.Usage
     timings: common_pb2.Timings
 
 

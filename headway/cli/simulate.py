@@ -65,7 +65,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--link-gb-s", type=float, default=25.0, help="between nodes; 0: nothing is pulled (default: %(default)s)"
     )
     fleet.add_argument("--chunk-s", type=float, default=0.0, help="seconds of a forward of prompts; 0: whole prompts")
-    fleet.add_argument("--local-prefill-tokens", type=int, default=0, help="that decode workers compute themselves")
+    fleet.add_argument(
+        "--local-prefill-tokens",
+        type=int,
+        default=2048,
+        help="of a prompt, that decode workers compute themselves (default: %(default)s)",
+    )
     fleet.add_argument("--itl-objective-s", type=float, default=0.1, help="which that must keep (default: %(default)s)")
     policy = command.add_argument_group("policy")
     names = ", ".join(entries())

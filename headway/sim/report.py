@@ -75,16 +75,17 @@ def draw(path: Path, title: str, outcomes: Sequence[Outcome], summaries: Mapping
 
 
 def _draw_by_speed(hits: Any, goodput: Any, summaries: Mapping[float, Sequence[Summary]]) -> None:
-    """Lines over the trace's speed, or bars where there is but one."""
-    speeds = list(summaries)
-    policies = [summary.policy for summary in summaries[speeds[0]]]
-    panels = ((hits, "share of prompt tokens not computed", "hit"), (goodput, "share of requests in SLO", "in_slo"))
+    """Lines over the requests that come a second, or bars where the trace ran at one speed only."""
+    runs = list(summaries.values())
+    policies = [summary.policy for summary in runs[0]]
+    panels = ((hits, "share of prompt tokens not computed", "hit"), (goodput, "requests in SLO a second", "goodput"))
     for axes, name, field in panels:
-        if len(speeds) == 1:
-            values = [getattr(summary, field) for summary in summaries[speeds[0]]]
+        axes.set(title=name)
+        if len(runs) == 1:
+            values = [getattr(summary, field) for summary in runs[0]]
             axes.barh(policies[::-1], values[::-1], color=[f"C{at}" for at in range(len(values))][::-1])
-            axes.set(title=name, xlim=(0, 1))
             continue
         for at, policy in enumerate(policies):
-            axes.plot(speeds, [getattr(rows[at], field) for rows in summaries.values()], marker="o", label=policy)
-        axes.set(title=name, xlabel="speed of the trace", ylim=(0, 1))
+            rates = [rows[at].rate for rows in runs]
+            axes.plot(rates, [getattr(rows[at], field) for rows in runs], marker="o", label=policy)
+        axes.set(xlabel="requests a second", ylim=(0, None))

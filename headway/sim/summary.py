@@ -16,13 +16,16 @@ from headway.sim.trace import Trace, TraceRequest
 
 @dataclass(frozen=True)
 class Summary:
-    """Times in seconds. `hit`: share of prompt tokens that were not computed; `in_slo`: share of requests within the
-    objective; `load`: see Outcome; `prediction_error`: median of |predicted − TTFT| / TTFT.
+    """Times in seconds. `rate`: requests that come a second, `goodput`: those of them within the objective; `in_slo`:
+    their share; `hit`: share of prompt tokens that were not computed; `load`: see Outcome; `prediction_error`: median
+    of |predicted − TTFT| / TTFT.
     """
 
     policy: str
     requests: int
     refused: int
+    rate: float
+    goodput: float
     mean_s: float
     p50_s: float
     p90_s: float
@@ -56,6 +59,8 @@ def summarise(outcome: Outcome, objective: Objective | None = None) -> Summary:
         policy=outcome.policy,
         requests=len(sequences),
         refused=sum(sequence.refused for sequence in sequences),
+        rate=len(sequences) / outcome.span_s if outcome.span_s else 0.0,
+        goodput=in_time / outcome.span_s if outcome.span_s else 0.0,
         mean_s=sum(ttft) / len(ttft) if ttft else 0.0,
         p50_s=percentile(ttft, 0.5),
         p90_s=percentile(ttft, 0.9),
