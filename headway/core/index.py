@@ -13,6 +13,8 @@ _WORD = (1 << 60) - 1
 _SHARDS = 4096
 # Bit masks that are kept once for all blocks that have them.
 _MASKS = 65536
+# Of all blocks, that must be free before those left out are worth a new account of a node.
+ROOM = 0.1
 
 
 class PrefixIndex:
@@ -131,6 +133,10 @@ class PrefixIndex:
     def full(self, node: str) -> bool:
         """Whether blocks of this node were left out since its last snapshot."""
         return node in self._full
+
+    def may_relearn(self, node: str) -> bool:
+        """Whether blocks of this node were left out, and there is room again for a tenth of all."""
+        return node in self._full and self._total <= self._max_blocks * (1 - ROOM)
 
     def _holders(self, key: bytes) -> int:
         word = int.from_bytes(key[:8], sys.byteorder) & _WORD

@@ -89,6 +89,10 @@ class StoreWatch:
                     log.info("store=%s event=gap last=%d got=%d", self.address, self.last, response.sequence_number)
                     self._start_over()
                     return
+                if not self._in_snapshot and self._index.may_relearn(self.address):
+                    log.info("store=%s event=index_has_room", self.address)
+                    self._start_over()
+                    return
 
     def apply(self, response: kvstore_pb2.WatchBlocksResponse) -> bool:
         """Take one message into the index; False when events before it are missing."""

@@ -102,6 +102,16 @@ async def test_a_snapshot_cut_short_is_asked_for_again() -> None:
         await store.stop()
 
 
+async def test_what_a_full_index_left_out_is_learned_when_there_is_room() -> None:
+    async with Rig(max_index_blocks=8) as rig:
+        first = [*snapshot(7, 3, KEYS), removed(7, 4, KEYS[2:8])]
+        store = await watched(rig, first, snapshot(7, 6, [*KEYS[:2], *KEYS[8:]]))
+        await until(lambda: last(rig) == 6)
+        assert rig.service.fleet.index.blocks(store_address(rig)) == 4
+        assert [(r.epoch, r.after_sequence_number) for r in store.requests] == [(0, 0), (0, 0)]
+        await store.stop()
+
+
 def store_address(rig: Rig) -> str:
     return next(iter(rig.service.fleet.stores))
 
