@@ -86,7 +86,8 @@ def plan_step(
     for at, sequence in enumerate(prompts[: limits.batch - len(work)]):
         count = _chunk(sequence, left, predictor.tokens_within(left_s, sequence.computed), first=at == 0)
         chunk_s = predictor.prefill_s(count, sequence.computed) - predictor.prefill[0]
-        if count <= 0 or chunk_s * ending > fixed_s * (len(prompts) - at):
+        least = min(LEAST_CHUNK, sequence.pending) if at else 1
+        if count < least or chunk_s * ending > fixed_s * (len(prompts) - at):
             break
         draws = count == sequence.pending
         work.append(Work(sequence, sequence.computed, count, draws))

@@ -39,16 +39,21 @@ class Latency:
     def of(self, chunks: Sequence[Chunk]) -> float:
         """Seconds that one forward of these chunks takes."""
         seconds = 0.0
-        fills = [chunk for chunk in chunks if len(chunk.tokens) > 1]
+        fills = [chunk for chunk in chunks if not decodes(chunk)]
         if fills:
             new = sum(len(chunk.tokens) for chunk in fills)
             attended = sum(len(chunk.tokens) * (chunk.position + len(chunk.tokens) / 2) for chunk in fills)
             seconds += self.prefill[0] + self.prefill[1] * new + self.prefill[2] * attended
-        steps = [chunk for chunk in chunks if len(chunk.tokens) == 1]
+        steps = [chunk for chunk in chunks if decodes(chunk)]
         if steps:
             kv = sum(chunk.position for chunk in steps)
             seconds += self.step[0] + self.step[1] * len(steps) + self.step[2] * kv
         return seconds
+
+
+def decodes(chunk: Chunk) -> bool:
+    """Whether it is a step of an answer, and not the end of a prompt of which one token was not cached."""
+    return len(chunk.tokens) == 1 and chunk.draw is not None and chunk.draw.output_index > 0
 
 
 def simulated_card(context_tokens: int = 131072, block_size: int = 16) -> ModelCard:
@@ -90,10 +95,12 @@ class SimulatedEngine:
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
         if self._poison is not None and any(self._poison in chunk.tokens for chunk in chunks):
             os.kill(os.getpid(), signal.SIGKILL)
-        seconds = self._latency.of(chunks)
-        if seconds > 0:
-            self._sleep(seconds)
-        return [self._compute(chunk) for chunk in chunks]
+        until_s = time.monotonic() + self._latency.of(chunks)
+        drawn = [self._compute(chunk) for chunk in chunks]
+        left_s = until_s - time.monotonic()
+        if left_s > 0:
+            self._sleep(left_s)
+        return drawn
 
     def _compute(self, chunk: Chunk) -> Drawn | None:
         start, end = chunk.position, chunk.position + len(chunk.tokens)

@@ -40,8 +40,8 @@ def measure(engine: Engine, timing: Timing, seconds: float) -> None:
     table = np.arange(batch * (SLOTS_A_SEQUENCE // block + 1), dtype=np.int32).reshape(batch, -1)
     engine.bind(engine.scratch(table.size, slot_stride(card.kv_format.slot_bytes)))
 
-    def chunk(sequence: int, new: int, cached: int) -> Chunk:
-        return Chunk([1] * new, cached, table[sequence], Draw(Sampling(), 0))
+    def chunk(sequence: int, new: int, cached: int, output_index: int = 0) -> Chunk:
+        return Chunk([1] * new, cached, table[sequence], Draw(Sampling(), output_index))
 
     work = [ForwardWork([prompt]) for prompt in PROMPTS if sum(prompt) < card.context_tokens]
     # In turns, so that both are known when the time is over soon.
@@ -52,7 +52,7 @@ def measure(engine: Engine, timing: Timing, seconds: float) -> None:
         if job.prompts:
             chunks = [chunk(at, new, cached) for at, (new, cached) in enumerate(job.prompts)]
         else:
-            chunks = [chunk(at, 1, job.kv_tokens // job.batch) for at in range(job.batch)]
+            chunks = [chunk(at, 1, job.kv_tokens // job.batch, 1) for at in range(job.batch)]
         if first:
             engine.forward(chunks)
             first = False

@@ -146,6 +146,8 @@ def test_plans_stay_within_their_limits(
     assert all(0 < item.count <= item.sequence.pending for item in work)
     assert all(item.draws == (item.count == item.sequence.pending) for item in work)
     assert bool(work) == bool(ready)
+    # Less than a block is worth no place in a forward, unless it is all that is left, or nothing else moves.
+    assert all(item.count >= min(16, item.sequence.pending) for item in prompts[1:])
 
 
 def test_the_key_is_remaining_plus_aged_arrival_plus_debt() -> None:

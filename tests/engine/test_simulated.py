@@ -74,5 +74,8 @@ def test_one_wrong_byte_in_any_block_changes_the_answer() -> None:
 def test_latency_follows_its_formula() -> None:
     slots = np.zeros(1, np.int32)
     latency = Latency((1.0, 0.1, 0.01), (2.0, 0.5, 0.001))
-    chunks = [Chunk([1, 2, 3], 10, slots, None), Chunk([1], 100, slots, None), Chunk([1], 200, slots, None)]
+    step, first = (Draw(Sampling(), index) for index in (1, 0))
+    chunks = [Chunk([1, 2, 3], 10, slots, None), Chunk([1], 100, slots, step), Chunk([1], 200, slots, step)]
     assert latency.of(chunks) == pytest.approx(1.0 + 0.1 * 3 + 0.01 * 3 * 11.5 + 2.0 + 0.5 * 2 + 0.001 * 300)
+    # The last token of a prompt that is cached but for that one.
+    assert latency.of([Chunk([1], 10, slots, first)]) == pytest.approx(1.0 + 0.1 + 0.01 * 10.5)
