@@ -1,4 +1,5 @@
-"""Announce a worker to its routers: the card first, then its status every half second and after changes of load."""
+"""Announce a worker to its routers: the card first, then its status every half second and after changes of load,
+at once after another router's prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 STATUS_S = 0.5
 # Between two status messages, however often the load changes.
 LEAST_S = 0.05
+# When another router's prompt has come: those that come with it are told of with it.
+TOGETHER_S = 0.002
 RECONNECT_S = 0.2
 
 
@@ -27,15 +30,21 @@ class Announcer:
     """One stream to each router, renewed for ever. Announces only while the worker is attached to its kvstore."""
 
     def __init__(self, routers: tuple[str, ...], loop: EngineLoop, hello: Callable[[], router_pb2.WorkerHello]) -> None:
-        self._routers = routers
+        self._routers = [_Router(address) for address in routers]
         self._loop = loop
         self._hello = hello
-        self._changed = [asyncio.Event() for _ in routers]
         self._draining = False
 
     def load_changed(self) -> None:
-        for event in self._changed:
-            event.set()
+        for router in self._routers:
+            router.changed.set()
+
+    def prompt_came(self, router_id: str) -> None:
+        """A router sent a prompt: the others hear of it at once, or the next one of each would be sent here as well."""
+        for router in self._routers:
+            if router.router_id != router_id:
+                router.changed.set()
+                router.hurry.set()
 
     def drain(self) -> None:
         """Tell the routers to send no new work."""
@@ -43,47 +52,55 @@ class Announcer:
         self.load_changed()
 
     async def run(self) -> None:
-        await asyncio.gather(
-            *(self._to(router, event) for router, event in zip(self._routers, self._changed, strict=True))
-        )
+        await asyncio.gather(*map(self._to, self._routers))
 
-    async def _to(self, router: str, changed: asyncio.Event) -> None:
+    async def _to(self, router: _Router) -> None:
         while True:
             try:
-                await self._announce(router, changed)
+                await self._announce(router)
             except grpc.aio.AioRpcError as error:
-                log.info("router=%s event=announce_ended code=%s", router, error.code().name)
+                log.info("router=%s event=announce_ended code=%s", router.address, error.code().name)
             await asyncio.sleep(RECONNECT_S)
 
-    async def _announce(self, router: str, changed: asyncio.Event) -> None:
+    async def _announce(self, router: _Router) -> None:
         while self._loop.slab is None:
-            await changed.wait()
-            changed.clear()
-        known = _Router()
-        async with open_channel(router) as channel:
-            call = router_pb2_grpc.RouterServiceStub(channel).Announce(self._messages(known, changed))
+            await router.changed.wait()
+            router.changed.clear()
+        async with open_channel(router.address) as channel:
+            call = router_pb2_grpc.RouterServiceStub(channel).Announce(self._messages(router))
             async for response in call:
-                known.router_id = response.router_id
-                log.info("router=%s id=%s event=announced", router, response.router_id)
+                router.router_id = response.router_id
+                log.info("router=%s id=%s event=announced", router.address, response.router_id)
 
-    async def _messages(self, known: _Router, changed: asyncio.Event) -> AsyncIterator[router_pb2.AnnounceRequest]:
+    async def _messages(self, router: _Router) -> AsyncIterator[router_pb2.AnnounceRequest]:
         yield router_pb2.AnnounceRequest(hello=self._hello())
         said_draining = False
         while True:
-            yield router_pb2.AnnounceRequest(status=worker_status(self._loop, known.router_id))
+            yield router_pb2.AnnounceRequest(status=worker_status(self._loop, router.router_id))
             if self._draining and not said_draining:
                 said_draining = True
                 yield router_pb2.AnnounceRequest(draining=router_pb2.Draining())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STATUS_S - LEAST_S):
-                    await changed.wait()
+            await _within(STATUS_S - LEAST_S, router.changed)
             # Not at once: a change of load is the very moment in which a sequence is being handed over.
-            await asyncio.sleep(LEAST_S)
-            changed.clear()
+            await _within(LEAST_S, router.hurry)
+            if router.hurry.is_set():
+                await asyncio.sleep(TOGETHER_S)
+            router.changed.clear()
+            router.hurry.clear()
 
 
 @dataclass(slots=True)
 class _Router:
-    """Who hears this announcement; empty until it has said so."""
+    """Who hears an announcement. `router_id` is empty until it has said so."""
 
+    address: str
     router_id: str = ""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    """Until the event, but no longer than that."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

@@ -48,6 +48,7 @@ class EngineLoop:
         growth_tokens: int,
         acquire_timeout_s: float,
         on_load: Callable[[], None] = lambda: None,
+        on_prompt: Callable[[str], None] = lambda router_id: None,
     ) -> None:
         self._engine = engine
         self._limits = limits
@@ -57,6 +58,8 @@ class EngineLoop:
         # Of the tenants that waited when the last forward was planned.
         self.debts: Mapping[str, float] = NO_DEBTS
         self._on_load = on_load
+        # Told on whose behalf a prompt came.
+        self._on_prompt = on_prompt
         self._actives: dict[Sequence, Active] = {}
         # Told to expect, by router: nothing is held for them yet.
         self.expected: dict[str, dict[tuple[str, int], Sequence]] = {}
@@ -107,6 +110,7 @@ class EngineLoop:
         active = self._watch(Active(sequence, sink, time.monotonic(), joiner, pull=pull))
         if self._may_begin(active):
             self.leases.acquire(active)
+            self._on_prompt(sink.router_id)
         return active
 
     def join(self, sequence: Sequence, sink: Sink, *, lease_id: int, epoch: int) -> Active:

@@ -79,6 +79,7 @@ async def run_worker(
         growth_tokens=config.growth_tokens,
         acquire_timeout_s=config.acquire_timeout_s,
         on_load=lambda: announcer.load_changed(),
+        on_prompt=lambda router_id: announcer.prompt_came(router_id),
     )
     add(server.server, loop, engine.card)
     await server.start()
