@@ -24,7 +24,7 @@ TRACE = "mooncake_conversation_trace.jsonl"
 SESSIONS, SPEED = 8, 20.0
 # The study's prefill workers, so many times as fast. The first loads the reference's to nine tenths, the second ours to
 # the brim, where queues are long.
-USUAL, HEAVY = 3.1, 2.2
+USUAL, HEAVY = 3.3, 1.9
 # Where queues decide; shorter times are those of single forwards and messages.
 LEAST_TTFT_S = 0.2
 # Of the simulator: where a policy draws lots, one run is not like another; the median of these is compared.
