@@ -17,6 +17,8 @@ WEIGHT = 0.05
 USUAL = 0.2
 # Observations before which nothing is an outlier: there is nothing yet to judge by.
 WARM_UP = 8
+# After so many observations one more changes little, and the equations (30 µs) are solved for every few only.
+SETTLED, SELDOM = 64, 8
 # Keeps the equations solvable while all observations are alike.
 RIDGE = 1e-6
 
@@ -61,7 +63,8 @@ class Fit:
             for old, new in zip(self._products, (x * x, x * y, x * z, y * y, y * z, z * z), strict=True)
         ]
         self._targets = [KEEP * old + weight * new for old, new in zip(self._targets, (x, y, z), strict=True)]
-        self.coefficients = _least_squares(self._products, self._targets)
+        if self.count < SETTLED or self.count % SELDOM == 0:
+            self.coefficients = _least_squares(self._products, self._targets)
 
     def state(self) -> State:
         """To go on from after a restart."""

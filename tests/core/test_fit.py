@@ -77,7 +77,9 @@ def test_a_restart_goes_on_where_it_was() -> None:
     timing = observed(Timing(), 100, noise=0.1)
     other = Timing()
     other.restore(timing.state())
-    assert other.predictor == timing.predictor
+    # The equations were solved for the last time a few observations ago.
+    assert other.predictor.prefill_s(500, 100) == pytest.approx(timing.predictor.prefill_s(500, 100), rel=0.03)
+    assert other.predictor.step_s(8, 8000) == pytest.approx(timing.predictor.step_s(8, 8000), rel=0.03)
     assert other.prefill.error == timing.prefill.error
     with pytest.raises(ValueError, match="12 numbers"):
         other.restore({"prefill": [1.0], "step": [1.0]})
