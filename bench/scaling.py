@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Case:
     role: str
     rate: float
     added: int = 2
-    # When each added worker was ready, by name.
+    # When each added worker was ready, by name; infinite while it is not.
     ready_s: dict[str, float] = field(default_factory=dict)
 
 
@@ -84,7 +85,8 @@ def measure(case: Case, stretch_s: float) -> dict[str, Any]:
     def during(fleet: Fleet, run: Replay) -> None:
         time.sleep(max(0.0, 2 * stretch_s - run.now_s))
         names = [fleet.add_worker(case.role) for _ in range(case.added)]
-        wait_ready(fleet, case, names, run)
+        case.ready_s = dict.fromkeys(names, math.inf)
+        wait_ready(fleet, case, run)
         time.sleep(max(0.0, 4 * stretch_s - run.now_s))
         for name in names:
             fleet.drain(name)
@@ -105,24 +107,26 @@ async def drive(run: Replay, fleet: Fleet, during: During) -> list[Seen]:
     return seen
 
 
-def wait_ready(fleet: Fleet, case: Case, names: Sequence[str], run: Replay) -> None:
+def wait_ready(fleet: Fleet, case: Case, run: Replay) -> None:
     """When the router first said of each of them that it was ready."""
     with Client(fleet.address) as client:
         until = time.monotonic() + 30.0
-        while len(case.ready_s) < len(names) and time.monotonic() < until:
+        while math.inf in case.ready_s.values() and time.monotonic() < until:
             for worker in client.fleet().workers:
-                if worker.worker_id in names and worker.ready:
-                    case.ready_s.setdefault(worker.worker_id, run.now_s)
+                if worker.ready and case.ready_s.get(worker.worker_id) == math.inf:
+                    case.ready_s[worker.worker_id] = run.now_s
             time.sleep(0.02)
 
 
 def traffic_after_s(case: Case, seen: Sequence[Seen]) -> list[float]:
-    """For each added worker: from ready until the arrival of the first request that it served."""
-    first = dict.fromkeys(case.ready_s, float("inf"))
+    """For each added worker: from ready until the arrival of the first request that it served; 0 where one that came
+    before went there, infinite where it never was ready, or served none.
+    """
+    first = dict.fromkeys(case.ready_s, math.inf)
     for one in seen:
         for name in {one.prefill_worker, one.decode_worker} & first.keys():
             first[name] = min(first[name], one.request.arrival_s)
-    return [first[name] - ready_s for name, ready_s in case.ready_s.items()]
+    return [max(0.0, first[name] - at) if at < math.inf else math.inf for name, at in case.ready_s.items()]
 
 
 def figures(case: Case, seen: Sequence[Seen], stretch_s: float) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def scenario(times: float, **changes: Any) -> Scenario:
 
 
 def find_trace(folder: Path, *, quick: bool) -> Trace:
-    """Every eighth session, whole, 20 times as fast; the first minute of it for a quick run."""
+    """Every eighth session, whole, 20 times as fast; the first 20 seconds of that for a quick run."""
     for path in (folder / TRACE, folder / f"{TRACE}.gz"):
         if path.exists():
             trace = read_trace(path).every(SESSIONS).faster(SPEED)

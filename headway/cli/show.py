@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from headway.cli.ask import read_prompt
-from headway.client import Client, Link, Placement, Route, Store, Tier, Worker
+from headway.client import Client, ExpectedLink, Link, Placement, Store, Tier, Worker
 from headway.client.pace import milliseconds
 
 
@@ -39,9 +39,9 @@ def fleet(arguments: argparse.Namespace) -> int:
     links = [_link_row(store, link) for store in view.stores for link in store.links]
     if links:
         print("\n" + table(["blocks to", "from", "plane", "MB", "MB/s", "fallbacks"], links))
-    routes = [_route_row(route) for route in view.routes]
-    if routes:
-        print("\n" + table(["pulls from", "to", "expected MB/s", "off by", "seconds on the way"], routes))
+    expected = [_expected_row(link) for link in view.expected_links]
+    if expected:
+        print("\n" + table(["pulls from", "to", "expected MB/s", "off by", "seconds on the way"], expected))
     tiers = [_tier_row(store, tier) for store in view.stores for tier in store.tiers]
     if tiers:
         print("\n" + table(["below", "tier", "blocks", "read again", "MB written", "MB read", "ms a block"], tiers))
@@ -85,9 +85,9 @@ def _link_row(store: Store, link: Link) -> list[object]:
     return [store.node_id, link.node_id, link.plane or "not connected", link.bytes // 1_000_000, rate, link.fallbacks]
 
 
-def _route_row(route: Route) -> list[object]:
-    rate = f"{route.bytes_per_s / 1e6:.0f}" if route.bytes_per_s else "–"
-    return [route.source, route.destination, rate, f"{route.error:.0%}", f"{route.backlog_s:.2f}"]
+def _expected_row(link: ExpectedLink) -> list[object]:
+    rate = f"{link.bytes_per_s / 1e6:.0f}" if link.bytes_per_s else "–"
+    return [link.source, link.destination, rate, f"{link.error:.0%}", f"{link.backlog_s:.2f}"]
 
 
 def _tier_row(store: Store, tier: Tier) -> list[object]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from headway.client.results import (
     Event,
+    ExpectedLink,
     Explanation,
     Finished,
     FleetView,
     Link,
     Placement,
-    Route,
     Started,
     Store,
     TextDelta,
@@ -63,8 +63,8 @@ def fleet_from_proto(response: router_pb2.FleetResponse) -> FleetView:
         context_tokens=model.context_tokens,
         block_size=model.kv_format.block_size,
         requests_in_flight=response.requests_in_flight,
-        routes=tuple(
-            Route(link.source, link.destination, link.bytes_per_s, link.error, link.backlog_s)
+        expected_links=tuple(
+            ExpectedLink(link.source, link.destination, link.bytes_per_s, link.error, link.backlog_s)
             for link in response.links
         ),
     )

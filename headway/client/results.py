@@ -198,7 +198,7 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class ExpectedLink:
     """What the router expects of pulls from one kvstore (its address) to another: `bytes_per_s` (0 until measured),
     mean `error` |predicted − taken| / taken lately, and seconds until what is on its way is there.
     """
@@ -248,4 +248,4 @@ class FleetView:
     context_tokens: int
     block_size: int
     requests_in_flight: int
-    routes: tuple[Route, ...] = ()
+    expected_links: tuple[ExpectedLink, ...] = ()

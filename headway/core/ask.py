@@ -38,7 +38,7 @@ class Promised(NamedTuple):
     name: Hashable = None
 
 
-NOTHING = Promised(0, 0.0)
+NO_PROMISE = Promised(0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +79,12 @@ class Ask:
 
     def own_tokens(self, worker_id: str, node: str) -> int:
         """That need not be computed at this worker: its node has them, or it will have."""
-        promised = self.promised.get(worker_id, NOTHING)
+        promised = self.promised.get(worker_id, NO_PROMISE)
         return min(max(self.resident.get(node, 0), promised.tokens), self.prompt_tokens - 1)
 
     def awaits(self, worker_id: str, node: str, tokens: int) -> Promised:
         """What has to come before so many leading tokens are there; nothing where they are now."""
-        return self.promised.get(worker_id, NOTHING) if tokens > self.resident.get(node, 0) else NOTHING
+        return self.promised.get(worker_id, NO_PROMISE) if tokens > self.resident.get(node, 0) else NO_PROMISE
 
 
 class Option(NamedTuple):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right, insort
-from collections.abc import Container, Hashable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from headway.core.fair import NO_DEBTS
 from headway.core.order import Key, Order
 
 # Above every number that breaks ties.
 _LAST = math.inf
+FIRST: Key = (-(1 << 62), -math.inf)
 DEFAULT_ORDER = Order()
 
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """`key`: its place in the worker's order. `exec_s`, `tokens`: what is left to compute of it.
+    """`key`: its place in the worker's order, without its `tenant`'s debt. `exec_s`, `tokens`: what is left to compute.
 
     `due_s`: when its first token was promised, on placement's clock. It cannot start before `ready_s`, nor while the
     prompt `after`, of which it needs the prefix, is not computed.
@@ -29,23 +31,28 @@ class Prompt:
     due_s: float = math.inf
     ready_s: float = -math.inf
     after: Hashable = None
+    tenant: str = ""
 
 
 class Backlog:
     """What is believed of one worker's queue, kept current by what it was sent and by what it says.
 
-    The prompt with the smallest key is taken to start as soon as the worker is free, so that between two words of the
-    worker the estimate runs on by itself. `chunk_s`: seconds after which a newcomer with a smaller key interrupts the
-    running prompt; infinite where prompts are computed in one piece. `order`: that of the worker.
+    Of those that can start the prompt with the smallest key is taken to do so as soon as the worker is free, so that
+    between two words of the worker the estimate runs on by itself. `chunk_s`: seconds after which a newcomer with a
+    smaller key interrupts the running prompt; infinite where prompts are computed in one piece. `order`, `debts`: those
+    of the worker; keys that are compared here are with the tenant's debt (`with_debt`).
     """
 
     __slots__ = (
-        "_exec_s", "_others", "_promised", "_prompts", "_waiting", "chunk_s", "order", "running", "tokens", "until_s",
+        "_exec_s", "_others", "_promised", "_prompts", "_waiting", "chunk_s", "debts", "order", "running", "tokens",
+        "until_s",
     )  # fmt: skip
 
     def __init__(self, chunk_s: float = math.inf, order: Order = DEFAULT_ORDER) -> None:
         self.chunk_s = chunk_s
         self.order = order
+        # By tenant, see core.fair.
+        self.debts: Mapping[str, float] = NO_DEBTS
         # Left to compute, of waiting and running prompts.
         self.tokens = 0
         self._prompts: dict[Hashable, Prompt] = {}
@@ -87,14 +94,21 @@ class Backlog:
         running = self.running
         if running is None:
             return 0.0, 0
-        left = self.until_s - now_s
-        if left < 0.0:
-            left = 0.0
         pushed = 0
-        if self.chunk_s != math.inf and key < self.order.advanced(running.key, running.exec_s - left):
-            pushed = 1
-            if left > self.chunk_s:
-                left = self.chunk_s
+        if self._starts_at_once(now_s):
+            return 0.0, 1 + len(self._waiting)
+        if running.ready_s > now_s:
+            # It only waits for what is fetched for it, and interrupts whoever starts meanwhile.
+            left = 0.0
+            pushed = int(key < self._key(running))
+        else:
+            left = self.until_s - now_s
+            if left < 0.0:
+                left = 0.0
+            if self.chunk_s != math.inf and key < self._key_of_running(left):
+                pushed = 1
+                if left > self.chunk_s:
+                    left = self.chunk_s
         waiting = self._waiting
         if not waiting:
             return left, pushed
@@ -108,6 +122,8 @@ class Backlog:
         if not self._promised:
             return False
         wait_s = 0.0
+        if self._starts_at_once(now_s):
+            key = FIRST
         for prompt, rest_s in self._in_turn(key, now_s):
             wait_s += rest_s
             if prompt is not None and wait_s * (1 - margin) <= prompt.due_s - now_s < (wait_s + exec_s) * (1 + margin):
@@ -119,22 +135,47 @@ class Backlog:
         running = self.running
         if running is None:
             return
-        rest_s = max(0.0, self.until_s - now_s)
-        if self.chunk_s == math.inf:
+        rest_s = self._rest_s(now_s)
+        if self.chunk_s == math.inf and running.ready_s <= now_s:
             yield None, rest_s
             rest_s = 0.0
-        running_key = self.order.advanced(running.key, running.exec_s - rest_s)
+        running_key = self._key_of_running(rest_s)
+        done: set[Hashable] = set()
+        siblings: dict[Hashable, list[Prompt]] = {}
+
+        def with_siblings(prompt: Prompt, seconds: float, pushed: bool) -> Iterator[tuple[Prompt | None, float]]:
+            """And those who go right after it, because they wait for its prefix."""
+            yield (prompt if pushed else None), seconds
+            done.add(prompt.name)
+            for sibling in siblings.pop(prompt.name, ()):
+                yield from with_siblings(sibling, sibling.exec_s, pushed or self._key(sibling) > key)
+
         for place, _, prompt in self._waiting:
             if rest_s and running_key <= place:
-                yield (running if running_key > key else None), rest_s
+                yield from with_siblings(running, rest_s, running_key > key)
                 rest_s = 0.0
-            yield (prompt if place > key else None), prompt.exec_s
+            if prompt.after in self._prompts and prompt.after not in done and (rest_s or prompt.after != running.name):
+                siblings.setdefault(prompt.after, []).append(prompt)
+            else:
+                yield from with_siblings(prompt, prompt.exec_s, place > key)
         if rest_s:
-            yield (running if running_key > key else None), rest_s
+            yield from with_siblings(running, rest_s, running_key > key)
 
     def left_s(self, now_s: float) -> float:
         """Seconds until all of it is computed."""
-        return (max(0.0, self.until_s - now_s) if self.running else 0.0) + sum(self._exec_s)
+        return self._rest_s(now_s) + sum(self._exec_s)
+
+    def with_debt(self, key: Key, tenant: str) -> Key:
+        """The key of a prompt of this tenant, as it counts among those here."""
+        return self.order.advanced(key, -self.debts.get(tenant, 0.0)) if self.debts else key
+
+    def settle(self, debts: Mapping[str, float]) -> None:
+        """The worker says what its tenants owe each other now."""
+        if debts == self.debts:
+            return
+        self.debts = debts
+        self._waiting = sorted((self._key(prompt), id(prompt), prompt) for _, _, prompt in self._waiting)
+        self._exec_s = [prompt.exec_s for _, _, prompt in self._waiting]
 
     def add(self, prompt: Prompt, now_s: float) -> None:
         """Sent to the worker. One of the same name is replaced."""
@@ -142,7 +183,11 @@ class Backlog:
         self._prompts[prompt.name] = prompt
         self._promised += prompt.due_s < math.inf
         self.tokens += prompt.tokens
-        if self.running is None:
+        running = self.running
+        if running is None:
+            self._run(prompt, now_s)
+        elif running.ready_s > now_s >= prompt.ready_s:
+            self._queue(running)
             self._run(prompt, now_s)
         else:
             self._queue(prompt)
@@ -165,10 +210,16 @@ class Backlog:
     def started(self, name: Hashable, now_s: float) -> None:
         """The worker says that it computes this prompt since `now_s`; an unknown name is ignored."""
         prompt, running = self._prompts.get(name), self.running
-        if prompt is None or prompt is running:
+        if prompt is None:
+            return
+        early = prompt.ready_s > now_s
+        prompt.ready_s, prompt.after = min(prompt.ready_s, now_s), None
+        if prompt is running:
+            if early:
+                self._run(prompt, now_s)
             return
         if running is not None:
-            left_s = max(0.0, self.until_s - now_s)
+            left_s = self._rest_s(now_s)
             running.key, running.exec_s = self.order.advanced(running.key, running.exec_s - left_s), left_s
             self._queue(running)
         self._run(self._unqueue(prompt), now_s)
@@ -192,7 +243,7 @@ class Backlog:
             elif known.tokens == prompt.tokens or not (others or prompt.name in started):
                 continue
             else:
-                prompt.due_s = known.due_s
+                prompt.due_s = min(prompt.due_s, known.due_s)
             self.add(prompt, now_s)
             if others:
                 self._others.add(prompt.name)
@@ -208,14 +259,30 @@ class Backlog:
 
     def _run(self, prompt: Prompt, now_s: float) -> None:
         self.running = prompt
-        self.until_s = now_s + prompt.exec_s
+        self.until_s = max(now_s, prompt.ready_s) + prompt.exec_s
+
+    def _starts_at_once(self, now_s: float) -> bool:
+        """Whether a newcomer goes before all, whatever its key, because nothing here can start yet."""
+        return self.running is not None and self.running.ready_s > now_s and self.chunk_s == math.inf
+
+    def _rest_s(self, now_s: float) -> float:
+        """Left to compute of the running prompt."""
+        return min(self.running.exec_s, max(0.0, self.until_s - now_s)) if self.running else 0.0
+
+    def _key(self, prompt: Prompt) -> Key:
+        return self.with_debt(prompt.key, prompt.tenant)
+
+    def _key_of_running(self, rest_s: float) -> Key:
+        """With so much left to compute."""
+        assert self.running is not None
+        return self.order.advanced(self._key(self.running), self.running.exec_s - rest_s)
 
     def _queue(self, prompt: Prompt) -> None:
-        entry = (prompt.key, id(prompt), prompt)
+        entry = (self._key(prompt), id(prompt), prompt)
         insort(self._waiting, entry)
         self._exec_s.insert(bisect_right(self._waiting, entry) - 1, prompt.exec_s)
 
     def _unqueue(self, prompt: Prompt) -> Prompt:
-        at = bisect_right(self._waiting, (prompt.key, id(prompt), prompt)) - 1
+        at = bisect_right(self._waiting, (self._key(prompt), id(prompt), prompt)) - 1
         del self._waiting[at], self._exec_s[at]
         return prompt

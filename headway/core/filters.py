@@ -97,9 +97,9 @@ class Rules:
         if first_s * (1 + MARGIN) > due_s:
             sentence = f"its first token would come after {first_s:.2f} s, and is due after {due_s:.2f} s"
             return Refusal(Why.LATE, sentence, max(LEAST_RETRY_S, min(way.wait_s, first_s - due_s)))
-        if backlog.breaks(way.key, way.compute_s, now_s, MARGIN):
+        if backlog.breaks(backlog.with_debt(way.key, ask.tenant), way.compute_s, now_s, MARGIN):
             sentence = "it would make a request late that was promised to be in time"
-            return Refusal(Why.LATE, sentence, max(LEAST_RETRY_S, way.wait_s))
+            return Refusal(Why.LATE, sentence, max(LEAST_RETRY_S, backlog.left_s(now_s)))
         return None
 
     def no_partner(self, ask: Ask, loads: Iterable[WorkerLoad]) -> Refusal:

@@ -44,3 +44,17 @@ def split_keys(joined: bytes) -> list[bytes]:
     if len(joined) % KEY_BYTES:
         raise ValueError(f"block keys are {KEY_BYTES} bytes each; got {len(joined)} bytes")
     return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
+
+
+def common_blocks(keys: Sequence[bytes], other: Sequence[bytes]) -> int:
+    """Equal leading keys, at least one: chained keys that are equal at one place are equal before it."""
+    low, high = 1, min(len(keys), len(other))
+    if keys[high - 1] == other[high - 1]:
+        return high
+    while low < high:
+        middle = (low + high) // 2
+        if keys[middle] == other[middle]:
+            low = middle + 1
+        else:
+            high = middle
+    return low

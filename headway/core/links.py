@@ -14,7 +14,7 @@ LEAST_BYTES = 1 << 20
 class Link:
     """From one node to another. `free_s`: when all that was started is there, if the estimates hold.
 
-    `count`: pulls that were measured; `error`: mean of |predicted − taken| / taken, lately.
+    `count`: how often it was measured; `error`: mean of |predicted − taken| / taken, lately.
     """
 
     latency_s: float
@@ -33,7 +33,7 @@ class Link:
         return self.free_s
 
     def observe(self, size: int, seconds: float) -> None:
-        """A pull of `size` bytes that had the link for itself took `seconds`."""
+        """Pulls of `size` bytes in all kept the link busy for `seconds`."""
         if size < LEAST_BYTES or seconds <= 0:
             return
         byte_s = 1 / self.bytes_per_s

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -59,8 +58,6 @@ class WorkerLoad:
     # Prompts, as the worker counted them last; it does not name all of a long queue.
     reported: int = 0
     predictor: Predictor = field(default_factory=Predictor)
-    # Of tenants whose prompts wait there; see core.fair.
-    debts: Mapping[str, float] = field(default_factory=dict)
     backlog: Backlog = field(default_factory=Backlog)
     memory: Memory = field(default_factory=Memory)
     running: int = 0

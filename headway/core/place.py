@@ -69,22 +69,23 @@ class Placer:
             way = self.policy.pick(ask, candidates, now_s)
         if self.rules.unkept(ask, way, now_s):
             # What is best for all is too late for this one, or makes another late; what is next may not.
-            ways = sorted((self._best_way(ask, candidate, now_s) for candidate in candidates), key=ttft_s)
-            kept = (way for way in ways if not self.rules.unkept(ask, way, now_s) and self._keeps_pace(ask, way.load))
-            if (soonest := next(kept, None)) is None:
+            soonest = self._soonest(ask, candidates, now_s)
+            if soonest is None:
                 return None
             way = soonest
         return self._option(ask, way, decodes, now_s)
 
-    def options(self, ask: Ask, now_s: float) -> list[Option]:
-        """Every option with its cost, best first, refused ones last."""
-        picked = self.place(ask, now_s)
+    def options(self, ask: Ask, now_s: float, picked: Option | None) -> list[Option]:
+        """Every option with its cost, best first, refused ones last. `picked`: what `place` says."""
         decodes = [load for load in self.rules.able(ask, self.loads.values()) if partner(ask, load)]
+        sources = self.planner.sources(ask)
         found: list[Option] = []
         for load in self.loads.values():
-            if meant(ask, load):
+            if picked is not None and load.worker_id == picked.worker:
+                found.append(picked)
+            elif meant(ask, load):
                 candidate = (load, ask.own_tokens(load.worker_id, load.node))
-                way = self._best_way(ask, candidate, now_s)
+                way = self.planner.best(ask, candidate, *sources, now_s)
                 refused = self._refused(ask, candidate, decodes) or self.rules.unkept(ask, way, now_s)
                 # Who would go on is looked for only where anybody has to: refusals must be cheap.
                 option = self._option(ask, way, [] if refused else decodes, now_s)
@@ -101,13 +102,13 @@ class Placer:
         ready_s, after = now_s + option.pull_s, None
         if option.pull_from is None:
             after = ask.awaits(worker.worker_id, worker.node, option.overlap_tokens).name
-        worker.backlog.add(Prompt(name, option.key, option.compute_s, new, due_s, ready_s, after), now_s)
+        prompt = Prompt(name, option.key, option.compute_s, new, due_s, ready_s, after, ask.tenant)
+        worker.backlog.add(prompt, now_s)
         worker.sent += 1
         pulled = option.overlap_tokens // self.rules.block_size if option.pull_from is not None else 0
         self.promises.add(name, worker.worker_id, ask.keys, now_s + option.ttft_s, pulled)
         if option.pull_from is not None:
-            own = ask.own_tokens(worker.worker_id, worker.node)
-            size = (option.overlap_tokens - own) * self.planner.token_bytes
+            size = self.planner.pull_bytes(ask, worker, option.overlap_tokens)
             self.planner.links.between(option.pull_from, worker.node).start(size, now_s)
         decode.sent += decode is not worker
         return Reservation(name, ask, worker, decode, self.promises)
@@ -157,8 +158,16 @@ class Placer:
     def _any_prefill(self, ask: Ask) -> bool:
         return any(load.role is Role.PREFILL and not self.rules.away(ask, load) for load in self.loads.values())
 
-    def _best_way(self, ask: Ask, candidate: Candidate, now_s: float) -> Way:
-        return self.planner.best(ask, candidate, *self.planner.sources(ask), now_s)
+    def _soonest(self, ask: Ask, candidates: Sequence[Candidate], now_s: float) -> Way | None:
+        """Of all ways that keep every bound the one that is soonest; None when none does."""
+        sources = self.planner.sources(ask)
+        ways = [way for candidate in candidates for way in self.planner.ways(ask, candidate, *sources, now_s)]
+        kept = (
+            way
+            for way in sorted(ways, key=ttft_s)
+            if not self.rules.unkept(ask, way, now_s) and self._keeps_pace(ask, way.load)
+        )
+        return next(kept, None)
 
     def _option(self, ask: Ask, way: Way, decodes: Sequence[WorkerLoad], now_s: float) -> Option:
         load = way.load

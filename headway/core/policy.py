@@ -66,10 +66,14 @@ class Planner:
 
     def pull(self, ask: Ask, candidate: Candidate, source: str, tokens: int, now_s: float) -> Way:
         """With `tokens` tokens of the prefix, of which those that its node lacks come from `source`."""
-        load, own = candidate
+        load = candidate[0]
         link = self.links.between(source, load.node)
-        pull_s = link.landing_s((tokens - own) * self.token_bytes, now_s) - now_s
+        pull_s = link.landing_s(self.pull_bytes(ask, load, tokens), now_s) - now_s
         return self._way(ask, candidate, tokens, source, pull_s, now_s)
+
+    def pull_bytes(self, ask: Ask, load: WorkerLoad, tokens: int) -> int:
+        """Of the first `tokens` tokens, what the worker's node does not hold now."""
+        return max(0, tokens - ask.resident.get(load.node, 0)) * self.token_bytes
 
     def best(self, ask: Ask, candidate: Candidate, tokens: int, holders: Sequence[str], now_s: float) -> Way:
         """The cheaper of both; `tokens` and `holders` as from `sources`."""
@@ -88,6 +92,13 @@ class Planner:
         computed = self.compute(ask, candidate, now_s)
         return pulled if pulled.cost_s < computed.cost_s else computed
 
+    def ways(self, ask: Ask, candidate: Candidate, tokens: int, holders: Sequence[str], now_s: float) -> list[Way]:
+        """Computing what its node lacks, and pulling it where that can be; `tokens` and `holders` as from `sources`."""
+        found = [self.compute(ask, candidate, now_s)]
+        if tokens > candidate[1]:
+            found += [self.pull(ask, candidate, holder, tokens, now_s) for holder in holders[:1]]
+        return found
+
     def sources(self, ask: Ask) -> tuple[int, list[str]]:
         """The most tokens that any node holds, and those nodes; none when there are none, or nothing can be pulled."""
         if not self.token_bytes or not ask.resident:
@@ -95,19 +106,15 @@ class Planner:
         most = max(ask.resident.values())
         return min(most, ask.prompt_tokens - 1), [node for node, tokens in ask.resident.items() if tokens == most]
 
-    def key(self, ask: Ask, load: WorkerLoad, exec_s: float, new: int) -> Key:
-        """Its place in the worker's queue, with `new` tokens and `exec_s` seconds to compute."""
-        debt_s = load.debts.get(ask.tenant, 0.0) if load.debts else 0.0
-        return load.backlog.order.key(exec_s, new, ask.arrival_s, ask.priority, debt_s)
-
     def _way(
         self, ask: Ask, candidate: Candidate, overlap: int, pull_from: str | None, pull_s: float, now_s: float
     ) -> Way:
         load = candidate[0]
         new = ask.prompt_tokens - overlap
         own_s = load.predictor.prefill_s(new, overlap)
-        key = self.key(ask, load, own_s, new)
-        wait_s, behind = load.backlog.turn(key, now_s)
+        backlog = load.backlog
+        key = backlog.order.key(own_s, new, ask.arrival_s, ask.priority)
+        wait_s, behind = backlog.turn(backlog.with_debt(key, ask.tenant), now_s)
         if ask.promised and pull_from is None:
             wait_s = max(wait_s, ask.awaits(load.worker_id, load.node, overlap).ready_s - now_s)
         compute_s = own_s
@@ -173,7 +180,8 @@ class LeastDelay:
             exec_s = a + b * new + c * new * (cached + new / 2)
             backlog = load.backlog
             floor_s = exec_s * (1 + WORK_WEIGHT + STREAM_WEIGHT * load.running)
-            if backlog.running is not None:
+            running = backlog.running
+            if running is not None and running.ready_s <= now_s:
                 left_s = backlog.until_s - now_s
                 if left_s > backlog.chunk_s:
                     floor_s += backlog.chunk_s
@@ -186,9 +194,10 @@ class LeastDelay:
     def _pushed_s(self, ask: Ask, candidate: Candidate, exec_s: float) -> float:
         """What it puts at least on those who wait there: on all of them, if it went first even without any pull."""
         load, own = candidate
-        first = load.backlog.first_key
+        backlog = load.backlog
+        first = backlog.first_key
         if first is None:
             return 0.0
         new = ask.prompt_tokens - own
-        latest = self._planner.key(ask, load, load.predictor.prefill_s(new, own), new)
-        return exec_s * load.backlog.waiting if latest < first else 0.0
+        key = backlog.order.key(load.predictor.prefill_s(new, own), new, ask.arrival_s, ask.priority)
+        return exec_s * backlog.waiting if backlog.with_debt(key, ask.tenant) < first else 0.0

@@ -6,7 +6,8 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from headway.core.ask import NOTHING, Promised
+from headway.core.ask import NO_PROMISE, Promised
+from headway.core.keys import common_blocks
 
 # Prompts that are looked at for one first block, the newest ones.
 MOST = 64
@@ -51,8 +52,8 @@ class Promises:
         """For every worker with such a prompt, how many leading tokens of the chain it will have."""
         found: dict[str, Promised] = {}
         for name, promise in self._roots[keys[0]].items() if keys and keys[0] in self._roots else ():
-            common = _common(keys, promise.keys)
-            best = found.get(promise.worker_id, NOTHING)
+            common = common_blocks(keys, promise.keys)
+            best = found.get(promise.worker_id, NO_PROMISE)
             if common > promise.pulled and (-common * block_size, promise.ready_s) < (-best.tokens, best.ready_s):
                 found[promise.worker_id] = Promised(common * block_size, promise.ready_s, name)
         return found
@@ -63,17 +64,3 @@ class _Promise(NamedTuple):
     keys: Sequence[bytes]
     ready_s: float
     pulled: int
-
-
-def _common(keys: Sequence[bytes], other: Sequence[bytes]) -> int:
-    """Equal leading keys, at least one: chained keys that are equal at one place are equal before it."""
-    low, high = 1, min(len(keys), len(other))
-    if keys[high - 1] == other[high - 1]:
-        return high
-    while low < high:
-        middle = (low + high) // 2
-        if keys[middle] == other[middle]:
-            low = middle + 1
-        else:
-            high = middle
-    return low

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from headway.core.keys import ROOT, block_keys
+from headway.core.keys import ROOT, block_keys, common_blocks
 from headway.core.sampling import Sampling
 
 
@@ -43,9 +43,13 @@ class Sequence:
     tenant: str = ""
     # Of the answer, as far as the router can tell; 0: not known.
     expected_tokens: int = 0
+    # When its first token is due, on the clock of arrival_s; None: whenever it comes.
+    first_token_due_s: float | None = None
     # Seconds from its receipt here after which it ends by itself; None for never.
     deadline_s: float | None = None
     computed: int = 0
+    # Of the prompt, what a sibling has computed since its cached prefix was looked up; for its place in the queue.
+    likely: int = 0
     sealed: int = 0
     # Of what this worker had to have before its first token: what the prefix cache saved.
     cached_tokens: int = 0
@@ -66,6 +70,13 @@ class Sequence:
     def decoding(self) -> bool:
         """One drawn token pending, all else computed."""
         return self.pending == 1 and len(self.tokens) > self.given
+
+    def may_have(self, keys: list[bytes]) -> None:
+        """Blocks with these keys, a chain, are in the cache now."""
+        at = self.computed // self.block_size
+        if at < min(len(keys), len(self.keys)) and keys[at] == self.keys[at]:
+            common = common_blocks(keys, self.keys) * self.block_size
+            self.likely = min(max(self.likely, common), len(self.tokens) - 1)
 
     def sealable(self) -> tuple[int, list[bytes], bytes]:
         """First block, keys and parent key of the blocks that are full, computed and not yet sealed."""

@@ -16,7 +16,9 @@ LEAST_CHUNK = 16
 
 
 class Runnable(Protocol):
-    """A sequence that holds slots for what it has to compute. `pending` tokens follow the `computed` ones."""
+    """A sequence that holds slots for what it has to compute. `pending` tokens follow the `computed` ones; the first
+    `likely` tokens are probably cached by now.
+    """
 
     @property
     def arrival_s(self) -> float: ...
@@ -28,6 +30,8 @@ class Runnable(Protocol):
     def computed(self) -> int: ...
     @property
     def pending(self) -> int: ...
+    @property
+    def likely(self) -> int: ...
     @property
     def decoding(self) -> bool: ...
 
@@ -107,6 +111,7 @@ def _chunk(sequence: Runnable, left: int, within: float, *, first: bool) -> int:
 
 def prompt_key(prompt: Runnable, predictor: Predictor, order: Order, debts: Mapping[str, float] = NO_DEBTS) -> Key:
     """Its place among the waiting: smallest first."""
-    remaining_s = predictor.prefill_s(prompt.pending, prompt.computed)
+    cached = max(prompt.computed, prompt.likely)
+    pending = prompt.pending - (cached - prompt.computed)
     debt_s = debts.get(prompt.tenant, 0.0)
-    return order.key(remaining_s, prompt.pending, prompt.arrival_s, prompt.priority, debt_s)
+    return order.key(predictor.prefill_s(pending, cached), pending, prompt.arrival_s, prompt.priority, debt_s)

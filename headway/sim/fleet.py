@@ -220,7 +220,7 @@ class SimFleet:
         sequence.computed = option.overlap_tokens
         worker = self._workers[option.worker]
         if option.pull_from is not None:
-            self._pull(sequence, worker, option.pull_from, option, ask.own_tokens(worker.name, worker.node.name))
+            self._pull(sequence, worker, option.pull_from, option, resident.get(worker.node.name, 0))
         self._placed[sequence.number] = option, placer.reserve(sequence.number, ask, option, now_s)
         worker.submit(sequence)
 
@@ -253,16 +253,13 @@ class SimFleet:
     # ------------------------------------------------------------------ what happens at workers
 
     def _running(self, sequence: SimSequence) -> None:
-        load, debts = self._placer.loads[sequence.worker], self._workers[sequence.worker].debts
-
-        def heard() -> None:
-            load.debts = debts
-            load.backlog.started(sequence.number, self._clock.now_s)
-
-        self._hear(heard)
+        self._hear_debts(sequence)
+        backlog = self._placer.loads[sequence.worker].backlog
+        self._hear(lambda: backlog.started(sequence.number, self._clock.now_s))
 
     def _drawn(self, sequence: SimSequence) -> None:
         """The first token is there: the client has it, decode goes on."""
+        self._hear_debts(sequence)
         self._hear(lambda: self._heard_computed(sequence))
         if sequence.request.output_tokens < 2:
             sequence.finished_s = self._clock.now_s
@@ -290,6 +287,10 @@ class SimFleet:
         self._on_progress(self._done)
 
     # ------------------------------------------------------------------ what the router hears of it
+
+    def _hear_debts(self, sequence: SimSequence) -> None:
+        backlog, debts = self._placer.loads[sequence.worker].backlog, self._workers[sequence.worker].debts
+        self._hear(lambda: backlog.settle(debts))
 
     def _hear(self, action: Callable[[], object]) -> None:
         if self._scenario.stale_s:

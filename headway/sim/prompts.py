@@ -84,9 +84,17 @@ class Prompts:
         keys = sequence.request.keys
         if item.draws:
             self._node.add(keys)
+            self._refresh_siblings(keys)
         else:
             self._node.add(keys[: sequence.computed // self._block_size])
             self.add(sequence)
+
+    def _refresh_siblings(self, keys: Sequence[bytes]) -> None:
+        """Those that go on like the prompt that was just computed are shorter now."""
+        for _, _, other in list(self._waiting):
+            at = other.computed // self._block_size
+            if at < min(len(keys), len(other.request.keys)) and other.request.keys[at] == keys[at]:
+                self._refresh(other)
 
     def _refresh(self, sequence: SimSequence) -> bool:
         """Whether its place in the queue changed, because the cache has more or less than was thought."""

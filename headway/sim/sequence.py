@@ -54,6 +54,11 @@ class SimSequence:
         return self.request.prompt_tokens - self.computed if self.phase is Phase.PREFILL else 1
 
     @property
+    def likely(self) -> int:
+        """Its place is looked up anew whenever something is cached."""
+        return 0
+
+    @property
     def decoding(self) -> bool:
         return self.phase is Phase.DECODE
 

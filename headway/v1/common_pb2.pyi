@@ -185,6 +185,7 @@ class Sequence(_message.Message):
     MORE_FIELD_NUMBER: _builtins.int
     EXPECTED_TOKENS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_DUE_S_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     """Chosen by the router, unique to the request on that router (hex of 16 random bytes)."""
     attempt: _builtins.int
@@ -213,6 +214,8 @@ class Sequence(_message.Message):
     """Tokens that the answer is likely to have; 0: not known."""
     tenant: _builtins.str
     """Whose turn it is among tenants that wait for the same worker; empty is a tenant like any other."""
+    first_token_due_s: _builtins.float
+    """Unix seconds, on the clock of arrival_s, when the first token is due; without it the request is refused then."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt and, in a replay, the tokens already sent to the client."""
@@ -241,17 +244,22 @@ class Sequence(_message.Message):
         more: _builtins.bool = ...,
         expected_tokens: _builtins.int = ...,
         tenant: _builtins.str = ...,
+        first_token_due_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_top_logprobs", b"_top_logprobs", "deadline_s", b"deadline_s", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_first_token_due_s", b"_first_token_due_s", "_top_logprobs", b"_top_logprobs", "deadline_s", b"deadline_s", "first_token_due_s", b"first_token_due_s", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_top_logprobs", b"_top_logprobs", "arrival_s", b"arrival_s", "attempt", b"attempt", "block_keys", b"block_keys", "choice", b"choice", "deadline_s", b"deadline_s", "expected_tokens", b"expected_tokens", "key_namespace", b"key_namespace", "max_tokens", b"max_tokens", "more", b"more", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_first_token_due_s", b"_first_token_due_s", "_top_logprobs", b"_top_logprobs", "arrival_s", b"arrival_s", "attempt", b"attempt", "block_keys", b"block_keys", "choice", b"choice", "deadline_s", b"deadline_s", "expected_tokens", b"expected_tokens", "first_token_due_s", b"first_token_due_s", "key_namespace", b"key_namespace", "max_tokens", b"max_tokens", "more", b"more", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
     _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    _WhichOneofReturnType__first_token_due_s: _TypeAlias = _typing.Literal["first_token_due_s"]  # noqa: Y015
+    _WhichOneofArgType__first_token_due_s: _TypeAlias = _typing.Literal["_first_token_due_s", b"_first_token_due_s"]  # noqa: Y015
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_due_s) -> _WhichOneofReturnType__first_token_due_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_logprobs) -> _WhichOneofReturnType__top_logprobs | None: ...
 

@@ -843,8 +843,8 @@ class WorkerStatus(_message.Message):
 
     @_builtins.property
     def debts(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """By tenant, of those whose prompts wait: seconds of computing that they had beyond the one that had least. Their
-        prompts come that much later. Empty when only one waits.
+        """By tenant, of those whose prompts could be computed now (the 64 largest): seconds of computing that they had beyond
+        the one that had least, which are added to the keys of their prompts. Empty when only one waits.
         """
 
     def __init__(
@@ -884,7 +884,8 @@ class QueuedPrompt(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
-    DEBT_S_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_DUE_S_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     remaining_tokens: _builtins.int
     """What is left to compute, after so many tokens that are computed or cached."""
@@ -895,8 +896,9 @@ class QueuedPrompt(_message.Message):
     """The forward that runs now has a chunk of it."""
     started: _builtins.bool
     """Some of it was computed here: before that, what is fetched or computed for a sibling is not counted."""
-    debt_s: _builtins.float
-    """Its tenant's, see WorkerStatus.debts."""
+    tenant: _builtins.str
+    first_token_due_s: _builtins.float
+    """As its Sequence says."""
     def __init__(
         self,
         *,
@@ -907,13 +909,16 @@ class QueuedPrompt(_message.Message):
         priority: _builtins.int = ...,
         running: _builtins.bool = ...,
         started: _builtins.bool = ...,
-        debt_s: _builtins.float = ...,
+        tenant: _builtins.str = ...,
+        first_token_due_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_due_s", b"_first_token_due_s", "first_token_due_s", b"first_token_due_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_s", b"arrival_s", "computed_tokens", b"computed_tokens", "debt_s", b"debt_s", "priority", b"priority", "remaining_tokens", b"remaining_tokens", "running", b"running", "sequence_id", b"sequence_id", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_due_s", b"_first_token_due_s", "arrival_s", b"arrival_s", "computed_tokens", b"computed_tokens", "first_token_due_s", b"first_token_due_s", "priority", b"priority", "remaining_tokens", b"remaining_tokens", "running", b"running", "sequence_id", b"sequence_id", "started", b"started", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__first_token_due_s: _TypeAlias = _typing.Literal["first_token_due_s"]  # noqa: Y015
+    _WhichOneofArgType__first_token_due_s: _TypeAlias = _typing.Literal["_first_token_due_s", b"_first_token_due_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_due_s) -> _WhichOneofReturnType__first_token_due_s | None: ...
 
 Global___QueuedPrompt: _TypeAlias = QueuedPrompt  # noqa: Y015
 

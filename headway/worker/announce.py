@@ -19,10 +19,8 @@ from headway.worker.status import worker_status
 log = logging.getLogger(__name__)
 
 STATUS_S = 0.5
-# Between two status messages, however often the load changes.
-LEAST_S = 0.05
-# When another router's prompt has come: those that come with it are told of with it.
-TOGETHER_S = 0.002
+# Between two status messages, however often the load changes; and where another router's prompt has come.
+LEAST_S, HURRY_S = 0.05, 0.01
 RECONNECT_S = 0.2
 
 
@@ -82,9 +80,8 @@ class Announcer:
                 yield router_pb2.AnnounceRequest(draining=router_pb2.Draining())
             await _within(STATUS_S - LEAST_S, router.changed)
             # Not at once: a change of load is the very moment in which a sequence is being handed over.
-            await _within(LEAST_S, router.hurry)
-            if router.hurry.is_set():
-                await asyncio.sleep(TOGETHER_S)
+            await asyncio.sleep(HURRY_S)
+            await _within(LEAST_S - HURRY_S, router.hurry)
             router.changed.clear()
             router.hurry.clear()
 

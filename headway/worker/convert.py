@@ -71,6 +71,7 @@ def sequence_from_proto(message: common_pb2.Sequence, card: ModelCard) -> Sequen
         choice=message.choice,
         tenant=message.tenant,
         expected_tokens=message.expected_tokens,
+        first_token_due_s=message.first_token_due_s if message.HasField("first_token_due_s") else None,
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
         given=len(tokens),
     )

@@ -144,6 +144,7 @@ class Leases:
     def refresh(self, active: Active) -> None:
         """Ask again what is cached: while this prompt waited, a sibling may have sealed its prefix."""
         active.passed_over = False
+        active.sequence.likely = 0
         active.phase = Phase.REFRESHING
         sequence, lease_id = active.sequence, active.lease_id
         from_token = sequence.computed // self._block * self._block

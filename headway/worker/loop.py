@@ -58,7 +58,7 @@ class EngineLoop:
         # Of the tenants that waited when the last forward was planned.
         self.debts: Mapping[str, float] = NO_DEBTS
         self._on_load = on_load
-        # Told on whose behalf a prompt came.
+        # Told on whose behalf a prompt came that can be computed now.
         self._on_prompt = on_prompt
         self._actives: dict[Sequence, Active] = {}
         # Told to expect, by router: nothing is held for them yet.
@@ -110,7 +110,7 @@ class EngineLoop:
         active = self._watch(Active(sequence, sink, time.monotonic(), joiner, pull=pull))
         if self._may_begin(active):
             self.leases.acquire(active)
-            self._on_prompt(sink.router_id)
+            self._on_load()
         return active
 
     def join(self, sequence: Sequence, sink: Sink, *, lease_id: int, epoch: int) -> Active:
@@ -264,6 +264,14 @@ class EngineLoop:
         else:
             self.leases.seal(active)
             self.leases.grow(active)
+        if output_index == 0:
+            self._tell_siblings(sequence)
+
+    def _tell_siblings(self, computed: Sequence) -> None:
+        """Those that go on like the prompt that was just computed are shorter now, and may come before others."""
+        for active in self._actives.values():
+            if active.passed_over and not active.started_s:
+                active.sequence.may_have(computed.keys)
 
     def _interrupted(self, active: Active) -> None:
         interrupt, active.interrupt = active.interrupt, None
@@ -276,6 +284,9 @@ class EngineLoop:
 
     def _ready(self, active: Active) -> None:
         active.phase = Phase.READY
+        if not active.joined:
+            # What of it is cached is known now.
+            self._on_prompt(active.sink.router_id)
         if not active.expecting:
             active.ready_s = active.ready_s or time.monotonic()
             self._wake.set()

@@ -60,7 +60,8 @@ def _prompts(loop: EngineLoop, waiting: list[Active]) -> Iterable[router_pb2.Que
             priority=sequence.priority,
             running=active.stepping,
             started=active.started_s > 0,
-            debt_s=debts.get(sequence.tenant, 0.0),
+            tenant=sequence.tenant,
+            first_token_due_s=sequence.first_token_due_s,
         )
 
 

@@ -69,7 +69,7 @@ class Choice:
             self._unpark()
             self._dispatch(ask, option)
             return
-        options = self._fleet.placer.options(ask, time.monotonic())
+        options = self._fleet.placer.options(ask, time.monotonic(), None)
         check_hopeless(options)
         if not self._parked:
             self._park()
@@ -87,8 +87,8 @@ class Choice:
 
     def options(self) -> list[Option]:
         """Where this choice could go now, best first. Raises HeadwayError when a hint cannot be followed."""
-        ask, _ = self._place()
-        return self._fleet.placer.options(ask, time.monotonic())
+        ask, picked = self._place()
+        return self._fleet.placer.options(ask, time.monotonic(), picked)
 
     @property
     def _due_s(self) -> float | None:

@@ -69,7 +69,7 @@ class Worker:
         load.others_are(Share(others.sequences, others.kv_tokens, others.growth_tokens))
         load.reported = status.waiting_sequences
         load.total_slots = status.total_slots
-        load.debts = dict(status.debts)
+        load.backlog.settle(dict(status.debts))
         load.predictor = predictor = Predictor(
             coefficients(status.prefill_coefficients[:]), coefficients(status.step_coefficients[:])
         )
@@ -81,10 +81,12 @@ class Worker:
             if queued.started:
                 started.add(queued.sequence_id)
             seconds = predictor.prefill_s(queued.remaining_tokens, queued.computed_tokens)
-            key = load.backlog.order.key(
-                seconds, queued.remaining_tokens, queued.arrival_s, queued.priority, queued.debt_s
-            )
-            prompts.append(Prompt(queued.sequence_id, key, seconds, queued.remaining_tokens))
+            left = queued.remaining_tokens
+            key = load.backlog.order.key(seconds, left, queued.arrival_s, queued.priority)
+            due_s = math.inf
+            if queued.HasField("first_token_due_s"):
+                due_s = self.status_at + queued.first_token_due_s - time.time()
+            prompts.append(Prompt(queued.sequence_id, key, seconds, left, due_s, tenant=queued.tenant))
         running = next((queued.sequence_id for queued in status.prompts if queued.running), None)
         load.backlog.report(prompts, started, running, self.status_at)
 
@@ -238,12 +240,16 @@ class Fleet:
     def link_views(self) -> Iterable[router_pb2.LinkView]:
         now = time.monotonic()
         for source, destination, link in self._links:
+            backlog_s = max(0.0, link.free_s - now)
+            # Most pairs were only ever thought of.
+            if not (link.count or backlog_s) or source not in self.stores:
+                continue
             yield router_pb2.LinkView(
                 source=source,
                 destination=destination,
                 bytes_per_s=link.bytes_per_s if link.count else 0.0,
                 error=link.error,
-                backlog_s=max(0.0, link.free_s - now),
+                backlog_s=backlog_s,
             )
 
     async def store_views(self) -> list[router_pb2.StoreView]:

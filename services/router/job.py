@@ -101,6 +101,8 @@ class Job:
             tenant=request.tenant,
             more=len(tokens) > PIECE_TOKENS,
         )
+        if request.refuse_late and not sent and not choice:
+            first.first_token_due_s = self.arrival_s + request.ttft_objective_s
         if request.HasField("top_logprobs"):
             first.top_logprobs = request.top_logprobs
         pieces = [first]

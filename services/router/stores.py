@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import grpc
@@ -19,6 +20,8 @@ RECONNECT_S = 0.2
 STATS_S = 1.0
 # Between two looks at how fast its pulls were.
 LINKS_S = 5.0
+# Between two accounts of a node because there is room for more of it.
+RELEARN_S = 60.0
 
 
 class StoreWatch:
@@ -34,6 +37,7 @@ class StoreWatch:
         self._index = index
         self._links = links
         self._in_snapshot = False
+        self._relearn_at_s = 0.0
         # Bytes and seconds of its pulls from each peer, as last seen.
         self._pulled: dict[str, tuple[int, float]] = {}
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._time_links())]
@@ -89,10 +93,18 @@ class StoreWatch:
                     log.info("store=%s event=gap last=%d got=%d", self.address, self.last, response.sequence_number)
                     self._start_over()
                     return
-                if not self._in_snapshot and self._index.may_relearn(self.address):
+                if self._may_relearn():
                     log.info("store=%s event=index_has_room", self.address)
                     self._start_over()
                     return
+
+    def _may_relearn(self) -> bool:
+        """Now and then: an account of this node makes room while it comes, which others may take for theirs."""
+        now_s = time.monotonic()
+        if self._in_snapshot or now_s < self._relearn_at_s or not self._index.may_relearn(self.address):
+            return False
+        self._relearn_at_s = now_s + RELEARN_S
+        return True
 
     def apply(self, response: kvstore_pb2.WatchBlocksResponse) -> bool:
         """Take one message into the index; False when events before it are missing."""

@@ -50,8 +50,12 @@ def ask(**fields: Any) -> Ask:
 
 def picked(made: Placer, **fields: Any) -> tuple[str | None, str]:
     option = made.place(ask(**fields), 0.0)
-    assert option is not None, made.options(ask(**fields), 0.0)
+    assert option is not None, weighed(made, ask(**fields))
     return option.prefill_worker, option.decode_worker
+
+
+def weighed(made: Placer, wanted: Ask) -> list[Option]:
+    return made.options(wanted, 0.0, made.place(wanted, 0.0))
 
 
 def reasons(options: list[Option]) -> dict[str, str]:
@@ -59,4 +63,4 @@ def reasons(options: list[Option]) -> dict[str, str]:
 
 
 def why_not(made: Placer, worker_id: str, **fields: Any) -> Refusal | None:
-    return next(option.refused for option in made.options(ask(**fields), 0.0) if option.worker == worker_id)
+    return next(option.refused for option in weighed(made, ask(**fields)) if option.worker == worker_id)

@@ -7,12 +7,12 @@ import pytest
 from headway.core.ask import Why
 from headway.core.backlog import Prompt
 from headway.core.filters import check_hints
-from tests.core.placing import ask, picked, placer, reasons, why_not, worker
+from tests.core.placing import ask, picked, placer, reasons, weighed, why_not, worker
 
 
 def test_excluded_workers_and_too_small_slabs_are_refused() -> None:
     made = placer(worker("p0"), worker("p1"), worker("d0"), worker("d1", node="x", total_slots=6))
-    refused = reasons(made.options(ask(excluded=frozenset({"p0"})), 0.0))
+    refused = reasons(weighed(made, ask(excluded=frozenset({"p0"}))))
     assert refused["p1"] == ""
     assert refused["p0"] == "failed this request before"
     assert refused["d1"] == "the prompt needs 7 slots, its node has 6"
@@ -21,7 +21,7 @@ def test_excluded_workers_and_too_small_slabs_are_refused() -> None:
 def test_hints() -> None:
     made = placer(worker("p0", queued_s=5.0), worker("p1"), worker("d0", running=9), worker("d1"))
     assert picked(made, prefill_worker="p0", decode_worker="d0") == ("p0", "d0")
-    assert len(made.options(ask(prefill_worker="p0", decode_worker="d0"), 0.0)) == 1
+    assert len(weighed(made, ask(prefill_worker="p0", decode_worker="d0"))) == 1
     assert picked(made, decode_worker="d0") == ("p1", "d0")
     with pytest.raises(ValueError, match=r"placement.decode_worker is 'p0'.*it has d0, d1"):
         check_hints(ask(decode_worker="p0"), made.loads)
@@ -74,3 +74,19 @@ def test_queues_are_bounded_in_seconds() -> None:
     refused = why_not(made, "p0")
     assert refused is not None
     assert (refused.why, refused.retry_s) == (Why.BUSY, pytest.approx(0.5))
+
+
+def test_what_is_best_for_others_is_left_where_only_the_other_way_is_in_time() -> None:
+    made = placer(worker("p0", node="a"), worker("d0", node="d"), latency_s=0.2, local_prefill_tokens=0)
+    for number in range(10):
+        made.loads["p0"].backlog.add(Prompt(number, (0, 9.0), 9.0, 9000), 0.0)
+    made.loads["p0"].backlog.remove(0, 0.0)
+    made.loads["p0"].backlog.chunk_s = 0.01
+    # Pulled it takes 0.2 s and puts little on those behind; computed 0.1 s, and puts that on each of them.
+    wanted = {"resident": {"b": 90}}
+    assert picked(made, **wanted) == ("p0", "d0")
+    late = made.place(ask(**wanted, objective_s=5.0), 0.0)
+    soon = made.place(ask(**wanted, objective_s=0.2), 0.0)
+    assert late is not None
+    assert soon is not None
+    assert (late.pull_from, soon.pull_from) == ("b", None)

@@ -156,6 +156,65 @@ def test_who_waits_for_a_pull_or_a_siblings_prefix_is_not_taken_to_start() -> No
     assert order == ["now", "first", "sibling", "pulled"]
 
 
+def test_what_is_fetched_for_a_prompt_leaves_the_worker_free_meanwhile() -> None:
+    backlog = Backlog()
+    backlog.add(Prompt("pulled", (0, 1.0), 1.0, 10, ready_s=2.0), 0.0)
+    assert backlog.turn((0, 5.0), 1.5) == (0.0, 1), "it starts at once, and is not interrupted"
+    assert backlog.left_s(1.5) == pytest.approx(1.0)
+    assert backlog.turn((0, 5.0), 2.1) == (pytest.approx(0.9), 0)
+    backlog.add(prompt("short", 0.8), 1.5)
+    assert backlog.running is not None
+    assert backlog.running.name == "short"
+    # Nothing of it was computed meanwhile.
+    assert backlog.left_s(1.5) == pytest.approx(1.8)
+    backlog.started("short", 1.5)
+    backlog.remove("short", 2.3)
+    assert backlog.left_s(2.3) == pytest.approx(1.0)
+
+
+def test_who_starts_while_another_is_fetched_may_break_its_promise() -> None:
+    for chunk_s, breaks in ((float("inf"), True), (0.1, False)):
+        backlog = Backlog(chunk_s)
+        backlog.add(Prompt("pulled", (0, 1.0), 1.0, 10, due_s=2.0, ready_s=0.5), 0.0)
+        assert backlog.breaks((0, 9.0), 3.0, 0.0) == breaks
+        assert backlog.turn((0, 9.0), 0.0) == (0.0, int(breaks))
+
+
+def test_siblings_come_right_after_the_one_whose_prefix_they_wait_for() -> None:
+    backlog = Backlog()
+    backlog.add(prompt("runs", 1.0), 0.0)
+    backlog.add(prompt("long", 3.0), 0.0)
+    backlog.add(Prompt("sibling", (0, 0.1), 0.1, 10, due_s=4.5, after="long"), 0.0)
+    # It is done after 4.1 s, whatever its own key says; what goes before the long one delays it, too.
+    assert backlog.breaks((0, 2.0), 0.5, 0.0)
+    assert not backlog.breaks((0, 2.0), 0.3, 0.0)
+    assert not backlog.breaks((0, 9.0), 5.0, 0.0)
+
+
+def test_a_pull_that_comes_early_lets_its_prompt_begin() -> None:
+    backlog = Backlog()
+    backlog.add(Prompt("pulled", (0, 1.0), 1.0, 10, ready_s=5.0), 0.0)
+    backlog.started("pulled", 1.0)
+    assert backlog.turn((0, 5.0), 1.5)[0] == pytest.approx(0.5)
+
+
+def test_debts_put_prompts_back_that_are_known_already() -> None:
+    backlog = Backlog()
+    for name, seconds, tenant in (("runs", 1.0, "flood"), ("a", 1.0, "flood"), ("b", 2.0, "other")):
+        backlog.add(Prompt(name, (0, seconds), seconds, 10, tenant=tenant), 0.0)
+    newcomer = (0, 1.5)
+    assert backlog.turn(backlog.with_debt(newcomer, "new"), 0.0)[0] == pytest.approx(2.0)
+    backlog.settle({"flood": 9.0, "other": 0.0})
+    assert backlog.turn(backlog.with_debt(newcomer, "new"), 0.0)[0] == pytest.approx(1.0)
+    assert backlog.turn(backlog.with_debt(newcomer, "flood"), 0.0)[0] == pytest.approx(1.0 + 1.0 + 2.0)
+    backlog.remove("runs", 1.0)
+    assert backlog.running is not None
+    assert backlog.running.name == "b"
+    backlog.settle({})
+    backlog.remove("b", 2.0)
+    assert backlog.left_s(2.0) == pytest.approx(1.0)
+
+
 ACTIONS = st.lists(
     st.tuples(st.sampled_from(["add", "remove", "started"]), st.integers(0, 6), st.floats(0.01, 5.0)), max_size=40
 )

@@ -8,7 +8,7 @@ from headway.core.ask import Why
 from headway.core.load import Share
 from headway.core.place import Placer
 from headway.core.predict import Predictor
-from tests.core.placing import ask, picked, placer, reasons, worker
+from tests.core.placing import ask, picked, placer, reasons, weighed, worker
 
 
 def test_decode_computes_little_by_itself() -> None:
@@ -21,7 +21,7 @@ def test_decode_computes_little_by_itself() -> None:
 def test_decode_computes_nothing_that_breaks_its_pace() -> None:
     made = placer(worker("p0", queued_s=5.0), worker("d0", running=4), itl_objective_s=0.03)
     assert picked(made, resident={"n": 80}) == ("p0", "d0")
-    assert "the objective is 30 ms" in reasons(made.options(ask(resident={"n": 80}), 0.0))["d0"]
+    assert "the objective is 30 ms" in reasons(weighed(made, ask(resident={"n": 80})))["d0"]
     made = placer(worker("p0", queued_s=5.0), worker("d0", running=4), itl_objective_s=0.04)
     assert picked(made, resident={"n": 80}) == (None, "d0")
 
@@ -52,7 +52,7 @@ def test_decode_computes_all_when_no_prefill_worker_is_there(away: dict[str, boo
 def test_busy_prefill_workers_are_there_all_the_same() -> None:
     made = placer(worker("p0", reported=10), worker("d0"))
     assert made.place(ask(), 0.0) is None
-    assert any(option.refused and option.refused.why is Why.BUSY for option in made.options(ask(), 0.0))
+    assert any(option.refused and option.refused.why is Why.BUSY for option in weighed(made, ask()))
 
 
 def test_mixed_worker_joins_only_where_nobody_else_can() -> None:

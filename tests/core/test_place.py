@@ -11,13 +11,13 @@ from headway.core.backlog import Prompt
 from headway.core.load import Role, WorkerLoad
 from headway.core.place import Placer
 from headway.core.predict import Predictor
-from tests.core.placing import KEYS, SLOW, ask, picked, placer, worker
+from tests.core.placing import KEYS, SLOW, ask, picked, placer, weighed, worker
 
 
 def test_the_least_loaded_workers_are_picked() -> None:
     made = placer(worker("p0", queued_s=0.5), worker("p1"), worker("d0", running=5), worker("d1"))
     assert picked(made) == ("p1", "d1")
-    first, second, *_ = made.options(ask(), 0.0)
+    first, second, *_ = weighed(made, ask())
     assert (first.wait_s, first.compute_s) == (0.0, pytest.approx(0.1))
     assert (second.prefill_worker, second.wait_s) == ("p0", pytest.approx(0.5))
 
@@ -48,7 +48,7 @@ def test_a_prefix_that_is_computed_now_counts_as_cached_there() -> None:
 def test_a_promise_holds_for_its_worker_and_not_for_others_of_the_node() -> None:
     made = placer(worker("p0", queued_s=0.5), worker("p1"), worker("d0"), itl_objective_s=0.01)
     sibling = ask(promised={"p0": Promised(96, 0.5)})
-    options = {option.worker: option for option in made.options(sibling, 0.0)}
+    options = {option.worker: option for option in weighed(made, sibling)}
     assert (options["p0"].overlap_tokens, options["p0"].ttft_s) == (96, pytest.approx(0.504))
     assert (options["p1"].overlap_tokens, options["p1"].ttft_s) == (0, pytest.approx(0.1))
     assert options["d0"].refused is not None
@@ -110,7 +110,7 @@ def test_a_pull_waits_for_those_before_it_on_its_link() -> None:
     option = made.place(wanted, 0.0)
     assert option is not None
     made.reserve("first", wanted, option, 0.0)
-    later = made.options(wanted, 0.0)[0]
+    later = weighed(made, wanted)[0]
     assert later.pull_s == pytest.approx(2 * option.pull_s)
 
 
@@ -125,7 +125,7 @@ def test_the_delay_of_those_behind_is_weighed() -> None:
 def test_a_tenant_in_debt_waits_where_it_has_debts() -> None:
     made = placer(worker("p0", queued_s=0.1), worker("d0"), local_prefill_tokens=0)
     made.loads["p0"].backlog.add(Prompt("waits", (0, 0.5), 0.5, 500), 0.0)
-    made.loads["p0"].debts = {"flood": 3.0, "other": 0.0}
+    made.loads["p0"].backlog.settle({"flood": 3.0, "other": 0.0})
     waits = {}
     for tenant in ("flood", "other", "new"):
         option = made.place(ask(tenant=tenant), 0.0)
@@ -176,7 +176,7 @@ WORKERS = st.builds(
 def test_the_pick_is_able_and_the_cheapest(workers: list[WorkerLoad], force_apart: bool, overlap: int) -> None:
     made = placer(*workers, token_s=1e-5)
     wanted = ask(force_apart=force_apart, resident={"a": overlap})
-    options = made.options(wanted, 0.0)
+    options = weighed(made, wanted)
     able = [option for option in options if not option.refused]
     assert options[: len(able)] == able
     best = made.place(wanted, 0.0)
@@ -193,3 +193,13 @@ def test_the_pick_is_able_and_the_cheapest(workers: list[WorkerLoad], force_apar
         assert best is not None
         assert option.cost_s * (1.25 if untried else 1.02) >= best.cost_s - 1e-9
         assert not (force_apart and option.prefill_worker is None)
+
+
+def test_what_a_sibling_will_have_computed_is_not_there_yet_for_a_pull() -> None:
+    made = placer(worker("p0", node="a"), worker("d0", node="d"), token_s=1e-5)
+    wanted = ask(resident={"b": 80}, promised={"p0": Promised(48, 0.5)})
+    option = made.place(wanted, 0.0)
+    assert option is not None
+    assert (option.pull_from, option.pull_s) == ("b", pytest.approx(80 * 1e-5))
+    made.reserve("x", wanted, option, 0.0)
+    assert made.planner.links.between("b", "a").free_s == pytest.approx(80 * 1e-5)

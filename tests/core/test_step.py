@@ -155,6 +155,21 @@ def test_the_key_is_remaining_plus_aged_arrival_plus_debt() -> None:
     assert Order(ageing=0.25).key(2.0, 10, 4.0, 1, 0.5) == (-1, 3.5)
 
 
+def test_a_prompt_whose_prefix_was_just_computed_is_as_short_as_its_rest() -> None:
+    chain = [bytes([at]) * 16 for at in range(25)]
+    long, other = sequence(100), sequence(80)
+    long.keys, other.keys = chain, [b"x" * 16] * 20
+    assert plan([long, other], limits(1))[0].sequence is other
+    long.may_have(chain[:22])
+    assert long.likely == 88
+    assert plan([long, other], limits(1))[0].sequence is long
+    # All but one token at most, and nothing that it does not begin with.
+    long.may_have(chain)
+    assert long.likely == 99
+    other.may_have(chain)
+    assert other.likely == 0
+
+
 def test_sealable_blocks_follow_what_is_computed() -> None:
     item = sequence(10)
     item.computed = 9

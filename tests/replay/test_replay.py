@@ -57,7 +57,7 @@ def test_a_replay_refuses_live_and_simulated_what_cannot_be_in_time() -> None:
     scenario = Scenario(
         hardware, 1, 1, nodes=1, limits=StepLimits(16, 1 << 20, 0.25, 0.05), objective=Objective(0.5, 1.0)
     )
-    # Each takes half a second, one after the other; two or three can be in time.
+    # Each takes half a second and is due after one: the second would be in time, but for the margin.
     requests = [
         TraceRequest(0.01 * at, 16 * 30 + 5, 2, [bytes([at, number]) * 8 for number in range(31)]) for at in range(8)
     ]
@@ -68,4 +68,4 @@ def test_a_replay_refuses_live_and_simulated_what_cannot_be_in_time() -> None:
     assert {one.code for one in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
     outcome = SimFleet(trace, scenario, entry).run()
     assert abs(len(refused) - sum(s.refused for s in outcome.sequences)) <= 1
-    assert 4 <= len(refused) <= 7
+    assert len(refused) in (6, 7)

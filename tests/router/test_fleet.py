@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -182,13 +183,38 @@ async def test_tenants_debts_put_their_prompts_back() -> None:
         fake = await rig.add("m0")
         fake.status.prefill_coefficients.extend([0.0, 1e-3, 0.0])
         fake.status.debts["flood"] = 7.0
-        queued = router_pb2.QueuedPrompt(sequence_id="x", remaining_tokens=500, arrival_s=0.0, debt_s=7.0)
+        queued = router_pb2.QueuedPrompt(sequence_id="x", remaining_tokens=500, arrival_s=0.0, tenant="flood")
         fake.status.prompts.append(queued)
-        load = rig.service.fleet.workers["m0"].load
-        await until(lambda: "x" in load.backlog)
-        assert load.debts == {"flood": 7.0}
-        (prompt,) = load.backlog
-        assert prompt.key == (0, pytest.approx(0.5 + 7.0))
+        backlog = rig.service.fleet.workers["m0"].load.backlog
+        await until(lambda: "x" in backlog)
+        (prompt,) = backlog
+        assert backlog.with_debt(prompt.key, prompt.tenant) == (0, pytest.approx(0.5 + 7.0))
+        fake.status.debts.clear()
+        await until(lambda: not backlog.debts)
+
+
+async def test_promises_of_other_routers_are_kept() -> None:
+    async with Rig() as rig:
+        fake = await rig.add("m0")
+        fake.status.prefill_coefficients.extend([0.0, 2e-2, 0.0])
+        for name, tokens in (("runs", 50), ("waits", 150)):
+            queued = router_pb2.QueuedPrompt(sequence_id=name, remaining_tokens=tokens, arrival_s=time.time())
+            queued.running = name == "runs"
+            fake.status.prompts.append(queued)
+        backlog = rig.service.fleet.workers["m0"].load.backlog
+        await until(lambda: len(backlog) == 2)
+        # It goes before the one that waits, whose first token is due in five seconds.
+        explained = await rig.stub.Explain(router_pb2.ExplainRequest(request=in_time(rig, 50)))
+        assert not explained.options[0].refused
+        fake.status.prompts[1].first_token_due_s = time.time() + 5.0
+        fake.status.prompts[1].remaining_tokens = 149
+        await until(lambda: any(prompt.due_s < 1e9 for prompt in backlog))
+        explained = await rig.stub.Explain(router_pb2.ExplainRequest(request=in_time(rig, 50)))
+        assert "promised" in explained.options[0].refused
+
+
+def in_time(rig: Rig, tokens: int) -> router_pb2.GenerateRequest:
+    return rig.request(prompt=list(range(tokens)), ttft_objective_s=30.0, refuse_late=True)
 
 
 async def test_what_other_routers_sent_comes_and_goes_with_the_status() -> None:

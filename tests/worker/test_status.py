@@ -73,11 +73,15 @@ async def test_a_long_queue_is_counted_and_not_named_to_its_end(monkeypatch: pyt
 async def test_debts_put_prompts_back_and_are_told() -> None:
     bench = Bench(StepLimits(8, 64))
     for tenant, tokens in (("flood", 10), ("other", 20)):
-        bench.loop.start(replace(sequence([1] * tokens), sequence_id=tenant, tenant=tenant), of_router("a"))
+        due_s = 7.0 if tenant == "other" else None
+        made = replace(sequence([1] * tokens), sequence_id=tenant, tenant=tenant, first_token_due_s=due_s)
+        bench.loop.start(made, of_router("a"))
     bench.loop.debts = {"flood": 5.0, "other": 0.0}
     status = worker_status(bench.loop, "a")
-    assert [(prompt.sequence_id, prompt.debt_s) for prompt in status.prompts] == [("other", 0.0), ("flood", 5.0)]
+    assert [prompt.tenant for prompt in status.prompts] == ["other", "flood"]
     assert dict(status.debts) == {"flood": 5.0, "other": 0.0}
+    assert status.prompts[0].first_token_due_s == 7.0
+    assert not status.prompts[1].HasField("first_token_due_s")
     bench.loop.close()
 
 
@@ -116,6 +120,7 @@ async def test_a_tenants_flood_delays_the_tenant_and_not_the_others() -> None:
     while len(drawn) < 22:
         await asyncio.sleep(0.01)
     assert drawn[:2] == ["other", "other"]
+    assert bench.loop.debts == {}, "of one tenant that waits"
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     bench.loop.close()
