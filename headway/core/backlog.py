@@ -95,10 +95,10 @@ class Backlog:
         if running is None:
             return 0.0, 0
         pushed = 0
-        if self._starts_at_once(now_s):
-            return 0.0, 1 + len(self._waiting)
         if running.ready_s > now_s:
-            # It only waits for what is fetched for it, and interrupts whoever starts meanwhile.
+            # It only waits for what is fetched for it, and interrupts whoever starts meanwhile, if it can.
+            if self.chunk_s == math.inf:
+                return 0.0, 1 + len(self._waiting)
             left = 0.0
             pushed = int(key < self._key(running))
         else:
@@ -122,7 +122,8 @@ class Backlog:
         if not self._promised:
             return False
         wait_s = 0.0
-        if self._starts_at_once(now_s):
+        if self.running is not None and self.running.ready_s > now_s and self.chunk_s == math.inf:
+            # The newcomer starts at once, and is not interrupted.
             key = FIRST
         for prompt, rest_s in self._in_turn(key, now_s):
             wait_s += rest_s
@@ -260,10 +261,6 @@ class Backlog:
     def _run(self, prompt: Prompt, now_s: float) -> None:
         self.running = prompt
         self.until_s = max(now_s, prompt.ready_s) + prompt.exec_s
-
-    def _starts_at_once(self, now_s: float) -> bool:
-        """Whether a newcomer goes before all, whatever its key, because nothing here can start yet."""
-        return self.running is not None and self.running.ready_s > now_s and self.chunk_s == math.inf
 
     def _rest_s(self, now_s: float) -> float:
         """Left to compute of the running prompt."""

@@ -120,17 +120,20 @@ class Placer:
         decodes = [load for load in able if load.role is not prefill]
         if ask.decode_worker:
             decodes = [load for load in decodes if load.worker_id == ask.decode_worker]
-        computing = [load for load in able if meant(ask, load)] if ask.hinted else able
         if not decodes:
             # Without a partner a prefill worker is of no use.
             return [], decodes
+        computing = [load for load in able if meant(ask, load)] if ask.hinted else able
         if ask.force_apart:
             computing = [load for load in computing if load.role is prefill]
-        known = ask.known()
-        owned = [(load, known.get(load.node, 0)) for load in computing]
         if ask.promised:
-            owned = [(load, ask.own_tokens(load.worker_id, load.node)) for load, _ in owned]
+            owned = [(load, ask.own_tokens(load.worker_id, load.node)) for load in computing]
+        else:
+            known = ask.known()
+            owned = [(load, known.get(load.node, 0)) for load in computing]
         missing = ask.prompt_tokens - self.rules.local_prefill_tokens
+        if missing <= 0:
+            return owned, decodes
         found = [pair for pair in owned if pair[1] >= missing or pair[0].role is not decode]
         if len(found) < len(owned) and not self._any_prefill(ask):
             return owned, decodes

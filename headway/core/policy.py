@@ -114,7 +114,8 @@ class Planner:
         own_s = load.predictor.prefill_s(new, overlap)
         backlog = load.backlog
         key = backlog.order.key(own_s, new, ask.arrival_s, ask.priority)
-        wait_s, behind = backlog.turn(backlog.with_debt(key, ask.tenant), now_s)
+        place = backlog.with_debt(key, ask.tenant) if backlog.debts else key
+        wait_s, behind = backlog.turn(place, now_s)
         if ask.promised and pull_from is None:
             wait_s = max(wait_s, ask.awaits(load.worker_id, load.node, overlap).ready_s - now_s)
         compute_s = own_s
@@ -142,13 +143,14 @@ class LeastDelay:
         best: Way | None = None
         # Around the least cost so far: what counts as equal to it, and what one that got nothing yet may cost.
         better_s = equal_s = least_s = untried_s = math.inf
-        for floor_s, sent, at, exec_s in self._floors(ask, candidates, tokens, now_s):
+        for floor_s, at in self._floors(ask, candidates, tokens, now_s):
             if floor_s > untried_s:
                 break
+            sent = candidates[at][0].sent
             most_s = equal_s if sent else untried_s
             if floor_s > most_s or (best is not None and floor_s >= better_s and sent >= best.load.sent):
                 continue
-            if floor_s + self._pushed_s(ask, candidates[at], exec_s) > most_s:
+            if floor_s + self._pushed_s(ask, candidates[at], tokens) > most_s:
                 continue
             way = planner.best(ask, candidates[at], tokens, holders, now_s)
             cost_s = way.cost_s
@@ -165,21 +167,19 @@ class LeastDelay:
 
     def _floors(
         self, ask: Ask, candidates: Sequence[Candidate], pullable: int, now_s: float
-    ) -> list[tuple[float, int, int, float]]:
-        """For each candidate, smallest first: seconds below which none of its ways costs, what it was sent, its place,
-        and seconds below which it cannot compute.
+    ) -> list[tuple[float, int]]:
+        """For each candidate, smallest first: seconds below which none of its ways costs, and its place.
 
-        Such a bound is cheap to have, and spares most candidates the full account.
+        Such a bound is cheap to have, and spares most candidates the full account. `pullable`: tokens, from any node.
         """
-        prompt_tokens = ask.prompt_tokens
+        prompt_tokens, alone, stream = ask.prompt_tokens, 1 + WORK_WEIGHT, STREAM_WEIGHT
         floors = []
         for at, (load, own) in enumerate(candidates):
             cached = own if own > pullable else pullable
             new = prompt_tokens - cached
             a, b, c = load.predictor.prefill
-            exec_s = a + b * new + c * new * (cached + new / 2)
+            floor_s = (a + b * new + c * new * (cached + new / 2)) * (alone + stream * load.running)
             backlog = load.backlog
-            floor_s = exec_s * (1 + WORK_WEIGHT + STREAM_WEIGHT * load.running)
             running = backlog.running
             if running is not None and running.ready_s <= now_s:
                 left_s = backlog.until_s - now_s
@@ -187,17 +187,20 @@ class LeastDelay:
                     floor_s += backlog.chunk_s
                 elif left_s > 0:
                     floor_s += left_s
-            floors.append((floor_s, load.sent, at, exec_s))
+            floors.append((floor_s, at))
         floors.sort()
         return floors
 
-    def _pushed_s(self, ask: Ask, candidate: Candidate, exec_s: float) -> float:
+    def _pushed_s(self, ask: Ask, candidate: Candidate, pullable: int) -> float:
         """What it puts at least on those who wait there: on all of them, if it went first even without any pull."""
         load, own = candidate
         backlog = load.backlog
         first = backlog.first_key
         if first is None:
             return 0.0
-        new = ask.prompt_tokens - own
-        key = backlog.order.key(load.predictor.prefill_s(new, own), new, ask.arrival_s, ask.priority)
-        return exec_s * backlog.waiting if backlog.with_debt(key, ask.tenant) < first else 0.0
+        new, prefill_s = ask.prompt_tokens - own, load.predictor.prefill_s
+        key = backlog.order.key(prefill_s(new, own), new, ask.arrival_s, ask.priority)
+        if (backlog.with_debt(key, ask.tenant) if backlog.debts else key) >= first:
+            return 0.0
+        cached = max(own, pullable)
+        return prefill_s(ask.prompt_tokens - cached, cached) * backlog.waiting
