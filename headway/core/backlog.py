@@ -12,6 +12,7 @@ from headway.core.order import Key, Order
 
 # Above every number that breaks ties.
 _LAST = math.inf
+# Before every key.
 FIRST: Key = (-(1 << 62), -math.inf)
 DEFAULT_ORDER = Order()
 
