@@ -123,6 +123,14 @@ def test_a_long_running_one_is_kept_from_being_interrupted_too_often() -> None:
     assert not backlog.breaks((0, 6.0), 9.0, 0.0), "it comes after both"
 
 
+def test_the_rest_of_the_running_one_goes_before_those_with_larger_keys() -> None:
+    backlog = Backlog(chunk_s=0.1)
+    backlog.add(prompt("runs", 1.0), 0.0)
+    backlog.add(Prompt("waits", (0, 3.0), 3.0, 10, due_s=4.2), 0.0)
+    assert backlog.breaks((0, 2.0), 0.5, 0.0), "after 1 s, 0.5 s and 3 s"
+    assert not backlog.breaks((0, 2.0), 0.1, 0.0)
+
+
 def test_a_promise_is_kept_while_it_may_still_hold() -> None:
     backlog = Backlog()
     backlog.add(prompt("a", 1.0), 0.0)
