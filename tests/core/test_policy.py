@@ -70,3 +70,15 @@ def test_most_candidates_are_spared_the_full_account() -> None:
         candidates = [(load, 0) for load in fleet(draw, 64)]
         LeastDelay(planner).pick(Ask(draw.randrange(100, 4000)), candidates, 0.2)
     assert planner.accounts / decisions <= 0.2 * 64
+
+
+def test_who_comes_last_pushes_nobody_back() -> None:
+    """Nor does the bound say so, which would hide the best candidate behind the first that was looked at."""
+    predictor, loads = Predictor((0.0, 1e-4, 0.0), (0.01, 0.0, 0.0)), []
+    for name, waiting in (("long queue", [0.001, 0.45]), ("short ones", [0.01, 0.01, 0.01, 0.01])):
+        load = WorkerLoad(name, name, Role.PREFILL, predictor=predictor, sent=9)
+        for number, seconds in enumerate(waiting):
+            load.backlog.add(Prompt(number, (0, seconds), seconds, 100), 0.0)
+        loads.append((load, 0))
+    picked = LeastDelay(Counting()).pick(Ask(5000), loads, 0.0)
+    assert picked.load.worker_id == "short ones"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from typing import Any
@@ -140,6 +141,22 @@ async def test_fleet_shows_workers_and_model() -> None:
         assert view.requests_in_flight == 0
 
 
+async def test_fleet_shows_links_that_are_used_and_not_those_that_were_only_thought_of() -> None:
+    async with Rig() as rig:
+        await rig.add("m0")
+        (source,) = rig.service.fleet.stores
+        links = rig.service.fleet._links
+        links.between(source, "thought of")
+        links.between("gone", source).observe(10_000_000, 0.1)
+        links.between(source, "measured").observe(10_000_000, 0.1)
+        links.between(source, "busy").start(10**12, time.monotonic())
+        view = await rig.stub.Fleet(router_pb2.FleetRequest())
+        assert {link.destination: link.bytes_per_s for link in view.links} == {
+            "measured": pytest.approx(1e8),
+            "busy": 0.0,
+        }
+
+
 async def test_explain_lists_every_option_the_pick_first() -> None:
     async with Rig() as rig:
         for name in ("p0", "p1", "d0"):
@@ -191,6 +208,20 @@ async def test_tenants_debts_put_their_prompts_back() -> None:
         assert backlog.with_debt(prompt.key, prompt.tenant) == (0, pytest.approx(0.5 + 7.0))
         fake.status.debts.clear()
         await until(lambda: not backlog.debts)
+
+
+async def test_a_late_word_of_a_prompt_that_is_computed_changes_nothing() -> None:
+    async with Rig() as rig:
+        fake = await rig.add("m0", step_s=0.2)
+        running = asyncio.create_task(rig.run(rig.request(6)))
+        worker = rig.service.fleet.workers["m0"]
+        await until(lambda: fake.starts and worker.load.running == 1 and not len(worker.load.backlog))
+        late = router_pb2.QueuedPrompt(sequence_id=fake.starts[0].sequence_id, remaining_tokens=500)
+        fake.status.prompts.append(late)
+        heard = worker.status_at
+        await until(lambda: worker.status_at > heard and len(worker.status.prompts) == 1)
+        assert not len(worker.load.backlog)
+        await running
 
 
 async def test_promises_of_other_routers_are_kept() -> None:

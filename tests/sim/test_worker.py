@@ -56,6 +56,19 @@ def test_whole_prompts_one_after_the_other() -> None:
     assert bench.worker.busy_s == pytest.approx(4.5)
 
 
+def test_what_is_given_up_is_not_computed() -> None:
+    bench = Bench()
+    made = [sequence(number, 100, arrival_s=number / 10) for number in range(3)]
+    for item in made:
+        bench.worker.submit(item)
+    bench.clock.at(0.5, lambda: bench.worker.cancel(made[0]))
+    bench.clock.at(0.5, lambda: bench.worker.cancel(made[1]))
+    bench.clock.run()
+    # What runs is not stopped, and draws nothing; what waits gives way.
+    assert bench.times("drawn") == {2: 3.0}
+    assert all(item.refused for item in made[:2])
+
+
 def test_the_order_decides_who_goes_next() -> None:
     bench = Bench(order=Order(ageing=0.0))
     for number, prompt in enumerate((100, 300, 50)):

@@ -59,6 +59,15 @@ async def test_those_that_are_expected_count_for_other_routers_only() -> None:
     bench.loop.close()
 
 
+async def test_a_handoff_on_its_way_counts_for_other_routers_only() -> None:
+    bench = Bench(StepLimits(8, 64))
+    bench.loop.expect(sequence([1] * 40), of_router("a"), "elsewhere")
+    assert worker_status(bench.loop, "a").others.sequences == 0
+    assert worker_status(bench.loop, "b").others.sequences == 1
+    assert worker_status(bench.loop, "a").waiting_sequences == 0
+    bench.loop.close()
+
+
 async def test_a_long_queue_is_counted_and_not_named_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headway.worker.status.MOST_PROMPTS", 4)
     bench = Bench(StepLimits(8, 64))
