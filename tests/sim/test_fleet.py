@@ -143,6 +143,15 @@ def test_what_is_admitted_is_in_time_and_the_rest_is_refused_at_once() -> None:
     assert 0.2 * len(rush) < len(admitted) < len(rush)
 
 
+def test_what_is_late_is_given_up_when_its_time_is_over() -> None:
+    objective = Objective(0.5, 2.0)
+    outcome = run("headway", CHAT.faster(4.0), objective=objective, noise=0.8)
+    hardware = outcome.scenario.hardware
+    assert any(sequence.refused and sequence.worker for sequence in outcome.sequences), "promised, and not kept"
+    assert all(s.refused or objective.met(s.request, s.ttft_s, hardware) for s in outcome.sequences)
+    assert all(sequence.ttft_s is None for sequence in outcome.sequences if sequence.refused)
+
+
 def test_a_queue_that_is_too_long_gets_nothing_more() -> None:
     outcome = run("headway", CHAT.faster(20.0), max_wait_s=1.0)
     served = [sequence.ttft_s for sequence in outcome.sequences if sequence.ttft_s is not None]
