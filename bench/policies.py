@@ -1,6 +1,6 @@
 """Routing policies on public traces, in virtual time: first the field's published rows, then ours beside them.
 
-python -m bench.policies --traces FOLDER [--quick] [--seeds 3]
+python -m bench.policies --traces FOLDER [--quick] [--seeds 8]
 
 FOLDER holds mooncake_conversation_trace.jsonl[.gz], mooncake_synthetic_trace.jsonl[.gz] and
 AzureLLMInferenceTrace2023_code.csv[.gz]. The setting is that of docs/routing.md: 8 prefill and 6 decode workers, whole
@@ -11,9 +11,12 @@ workers' time; 110 % is 11/9 of the latter speed. --quick: the first quarter of 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from bench.policies_table import HEADS, reproduced
 from bench.report import RESULTS, finish, mark, progress
 from headway.sim.fleet import Outcome, Scenario, SimFleet
 from headway.sim.hardware import STUDY
-from headway.sim.policies import Entry, entries
+from headway.sim.policies import entries
 from headway.sim.report import draw
 from headway.sim.summary import Summary, clairvoyant_s, percentile, summarise
 from headway.sim.trace import Trace, read_trace
@@ -41,40 +44,50 @@ Runs = dict[str, list[Summary]]
 
 @dataclass
 class Bench:
-    """One call's settings; `seeds` of ties, chance and noise."""
+    """One call's settings; `seeds` of ties, chance and noise. Virtual time is the same on a busy machine."""
 
-    policies: dict[str, Entry]
+    executor: Executor
     seeds: range
     quick: bool
 
     def run(self, trace: Trace, scenario: Scenario, names: Sequence[str], seeds: range | None = None) -> Runs:
+        seeds = seeds or self.seeds
+        calls = [(name, replace(scenario, seed=seed)) for name in names for seed in seeds]
+        found = self.executor.map(summary, itertools.repeat(trace), *zip(*calls, strict=True))
         runs: Runs = {}
         for name in names:
-            outcomes = [self.outcome(trace, replace(scenario, seed=seed), name) for seed in seeds or self.seeds]
-            runs[name] = [summarise(outcome) for outcome in outcomes]
-            first = runs[name][0]
+            first, *_ = runs[name] = list(itertools.islice(found, len(seeds)))
             progress(f"  {name:18s} mean {first.mean_s:7.2f} p99 {first.p99_s:7.2f} in SLO {first.in_slo:.2f}")
         return runs
 
-    def outcome(self, trace: Trace, scenario: Scenario, name: str) -> Outcome:
-        return SimFleet(trace, scenario, self.policies[name]).run()
-
     def speeds(self, trace: Trace) -> dict[float, float]:
         """load → how many times as fast the trace must come."""
-        scenario = Scenario(STUDY)
+        found = self.executor.map(speed_of_load, itertools.repeat(trace), LOADS[:2])
+        speeds = dict(zip(LOADS, found, strict=False))
+        return {**speeds, LOADS[2]: speeds[LOADS[1]] * LOADS[2] / LOADS[1]}
 
-        def load(speed: float) -> float:
-            return self.outcome(trace.faster(speed), scenario, "reference").load
+    def goodputs(self, trace: Trace, names: Sequence[str]) -> dict[str, float]:
+        found = self.executor.map(goodput, itertools.repeat(trace), names)
+        return dict(zip(names, found, strict=True))
 
-        found = {at: _bisect(lambda speed, at=at: load(speed) < at) for at in LOADS[:2]}  # type: ignore[misc]
-        return {**found, LOADS[2]: found[LOADS[1]] * LOADS[2] / LOADS[1]}
 
-    def goodput(self, trace: Trace, name: str) -> float:
-        """The largest speed at which nine in ten requests are in SLO, as requests a second."""
-        speed = _bisect(
-            lambda speed: summarise(self.outcome(trace.faster(speed), Scenario(STUDY), name)).in_slo >= IN_SLO
-        )
-        return len(trace) / (trace.span_s / speed)
+def outcome(trace: Trace, name: str, scenario: Scenario) -> Outcome:
+    return SimFleet(trace, scenario, entries()[name]).run()
+
+
+def summary(trace: Trace, name: str, scenario: Scenario) -> Summary:
+    return summarise(outcome(trace, name, scenario))
+
+
+def speed_of_load(trace: Trace, load: float) -> float:
+    """How many times as fast the trace must come for the reference's default to have such a load."""
+    return _bisect(lambda speed: outcome(trace.faster(speed), "reference", Scenario(STUDY)).load < load)
+
+
+def goodput(trace: Trace, name: str) -> float:
+    """The largest speed at which nine in ten requests are in SLO, as requests a second."""
+    speed = _bisect(lambda speed: summary(trace.faster(speed), name, Scenario(STUDY)).in_slo >= IN_SLO)
+    return len(trace) / (trace.span_s / speed)
 
 
 def _bisect(below: Callable[[float], bool], low: float = 0.1, high: float = 64.0) -> float:
@@ -117,17 +130,24 @@ def best_reference(runs: Runs) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.policies", description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--seeds", type=int, default=8, metavar="N")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     started = time.monotonic()
-    bench = Bench(entries(), range(1 if arguments.quick else arguments.seeds), arguments.quick)
     traces = {name: read_trace(find(arguments.traces, name)) for name in (CONVERSATION, SYNTHETIC, AZURE)}
-    if bench.quick:
+    if arguments.quick:
         traces = {name: trace.first(len(trace) // 4) for name, trace in traces.items()}
+    with ProcessPoolExecutor(os.cpu_count()) as executor:
+        result = measure(Bench(executor, range(1 if arguments.quick else arguments.seeds), arguments.quick), traces)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    finish("policies", result)
+
+
+def measure(bench: Bench, traces: dict[str, Trace]) -> dict[str, Any]:
+    """Everything, in the order in which the figures depend on each other."""
     result: dict[str, Any] = {"quick": bench.quick, "seeds": len(bench.seeds), "setting": "docs/routing.md"}
     conversation = traces[CONVERSATION]
-    names = [name for name in bench.policies if name != "reference-local"]
+    names = [name for name in entries() if name != "reference-local"]
     speeds = bench.speeds(conversation)
     result["speeds"] = {f"{load:.0%}": round(speed, 4) for load, speed in speeds.items()}
     by_load: dict[float, Runs] = {}
@@ -135,7 +155,7 @@ def main() -> None:
         progress(f"conversation at {load:.0%} of the reference's prefill time")
         by_load[load] = bench.run(conversation.faster(speed), Scenario(STUDY), names)
     result["conversation"] = {f"{load:.0%}": described(runs) for load, runs in by_load.items()}
-    result["reproduced"] = None if bench.quick else reproduced({load: described(by_load[load]) for load in LOADS[:2]})
+    result["reproduced"] = None if bench.quick else reproduced({load: by_load[load] for load in LOADS[:2]})
     result["clairvoyant"] = {}
     for load, speed in speeds.items():
         bound = clairvoyant_s(conversation.faster(speed), STUDY, 8)
@@ -163,19 +183,17 @@ def main() -> None:
     goodputs: dict[str, float] = {}
     if not bench.quick:
         progress("goodput by bisection")
-        for name in ("round-robin", "mooncake", *REFERENCES, OURS):
-            goodputs[name] = bench.goodput(conversation, name)
-            progress(f"  {name:18s} {goodputs[name]:.2f} requests/s")
+        goodputs = bench.goodputs(conversation, ("round-robin", "mooncake", *REFERENCES, OURS))
         result["goodput_rps"] = {name: round(rate, 3) for name, rate in goodputs.items()}
     result["best reference"] = best
     result["marks"] = marks(by_load[0.9], best, noisy, result["clairvoyant"]["90%"]["mean_s"], goodputs, spike_p99)
     if result["reproduced"]:
         # No ratio counts before these rows are near those that were published.
-        means = result["reproduced"]["means_within"]
-        result["marks"]["published_means_within_15_percent"] = mark(means, 1.0, "share", at_most=False)
-    plot(bench, conversation.name, at_90, by_load, speeds)
-    result["seconds"] = round(time.monotonic() - started, 1)
-    finish("policies", result)
+        for name, field in (("published_means", "means_within"), ("published_figures", "within")):
+            share = mark(result["reproduced"][field], 1.0, "share", at_most=False)
+            result["marks"][f"{name}_within_15_percent"] = share
+    plot(conversation.name, at_90, by_load, speeds)
+    return result
 
 
 def synthetic(bench: Bench, trace: Trace, names: Sequence[str]) -> dict[str, Any]:
@@ -220,9 +238,9 @@ def marks(
     return held
 
 
-def plot(bench: Bench, name: str, at_90: Trace, by_load: dict[float, Runs], speeds: dict[float, float]) -> None:
+def plot(name: str, at_90: Trace, by_load: dict[float, Runs], speeds: dict[float, float]) -> None:
     shown = [OURS, "mooncake", "reference-wspt-0", "reference", "llm-d"]
-    outcomes = [bench.outcome(at_90, Scenario(STUDY), policy) for policy in shown]
+    outcomes = [outcome(at_90, policy, Scenario(STUDY)) for policy in shown]
     summaries = {speeds[load]: [by_load[load][policy][0] for policy in shown] for load in LOADS}
     path = RESULTS / "policies.png"
     if draw(path, f"{name} at 90 % of the reference's prefill time", outcomes, summaries):

@@ -46,7 +46,7 @@ BATCH = 32
 
 def make_placer(workers: int) -> Placer:
     links = Links(0.001, 25e9)
-    planner = Planner(links, token_bytes=131072)
+    planner = Planner(links, token_bytes=131072, block_size=BLOCK)
     rules = Rules(BLOCK, local_prefill_tokens=2048, itl_objective_s=0.1, max_wait_s=300.0)
     placer = Placer(rules, LeastDelay(planner), planner, PrefixIndex(1 << 24))
     draw = random.Random(1)

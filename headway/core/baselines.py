@@ -84,12 +84,13 @@ class PrefixAffinity(Simple):
 
 
 class SgLang:
-    """cache_aware: shortest queue when unbalanced, else the largest match if over 0.3 of the prompt (its router's
-    default), else the smallest tree. Its trees hold what the router sent, not what workers have: at most 2²⁴ tokens.
+    """cache_aware: fewest requests when unbalanced, else the largest match if over half of the prompt, else the
+    smallest tree. A request counts until its answer ends. Trees hold what the router sent, not what workers have: at
+    most 2²⁴ tokens.
     """
 
-    imbalance, factor, share = 32, 1.1, 0.3
-    most_blocks = (1 << 24) // 512
+    imbalance, factor, share = 32, 1.1, 0.5
+    most_tokens = 1 << 24
 
     def __init__(self, planner: Planner, draw: Draw) -> None:
         self._planner = planner
@@ -97,12 +98,13 @@ class SgLang:
         self._trees: dict[str, OrderedDict[bytes, None]] = {}
 
     def pick(self, ask: Ask, candidates: Sequence[Candidate], now_s: float) -> Way:
-        queues = [len(candidate[0].backlog) for candidate in candidates]
+        block_size = self._planner.block_size
+        counts = [candidate[0].in_flight for candidate in candidates]
         trees = [self._trees.setdefault(candidate[0].worker_id, OrderedDict()) for candidate in candidates]
         matches = [_leading(ask.keys, tree) for tree in trees]
-        if max(queues) - min(queues) > self.imbalance and max(queues) > self.factor * min(queues):
-            costs: Sequence[float] = queues
-        elif max(matches) > self.share * len(ask.keys):
+        if max(counts) - min(counts) > self.imbalance and max(counts) > self.factor * min(counts):
+            costs: Sequence[float] = counts
+        elif max(matches) * block_size > self.share * ask.prompt_tokens:
             costs = [-match for match in matches]
         else:
             costs = [len(tree) for tree in trees]
@@ -110,7 +112,7 @@ class SgLang:
         for key in reversed(ask.keys):
             trees[at][key] = None
             trees[at].move_to_end(key)
-        while len(trees[at]) > self.most_blocks:
+        while len(trees[at]) * block_size > self.most_tokens:
             trees[at].popitem(last=False)
         chosen = candidates[at]
         return self._planner.compute(ask, (chosen[0], resident(ask, chosen)), now_s)
@@ -142,11 +144,9 @@ class LlmD(Simple):
 class Reference(Simple):
     """Dynamo's, prefill pool: (queued uncached + own uncached tokens) in blocks, smallest first."""
 
-    block = 512
-
     def cost(self, ask: Ask, candidate: Candidate) -> float:
         uncached = ask.prompt_tokens - resident(ask, candidate)
-        return (candidate[0].backlog.tokens + uncached) // self.block
+        return (candidate[0].backlog.tokens + uncached) // self._planner.block_size
 
 
 class ReferenceLocal(Reference):

@@ -65,14 +65,20 @@ class WorkerLoad:
     kv_tokens: int = 0
     # Of `memory`, what this worker's sequences have.
     committed_tokens: int = 0
-    # Sequences ever sent there: among equals, the one that got least.
+    # Sequences ever sent there: among equals, the one that got least. `over`: those of them that came to their end.
     sent: int = 0
+    over: int = 0
     _others: Share = NOBODY
 
     @property
     def queued(self) -> int:
         """Prompts that are not computed yet."""
         return max(len(self.backlog), self.reported)
+
+    @property
+    def in_flight(self) -> int:
+        """Sequences that this router sent there, whether to compute or to decode, until their answers end."""
+        return self.sent - self.over
 
     def join(self, prompt_tokens: int, expected_tokens: int) -> None:
         """A sequence of this router's will decode here."""

@@ -104,13 +104,11 @@ class Placer:
             after = ask.awaits(worker.worker_id, worker.node, option.overlap_tokens).name
         prompt = Prompt(name, option.key, option.compute_s, new, due_s, ready_s, after, ask.tenant)
         worker.backlog.add(prompt, now_s)
-        worker.sent += 1
         pulled = option.overlap_tokens // self.rules.block_size if option.pull_from is not None else 0
         self.promises.add(name, worker.worker_id, ask.keys, now_s + option.ttft_s, pulled)
         if option.pull_from is not None:
             size = self.planner.pull_bytes(ask, worker, option.overlap_tokens)
             self.planner.links.between(option.pull_from, worker.node).start(size, now_s)
-        decode.sent += decode is not worker
         return Reservation(name, ask, worker, decode, self.promises)
 
     def _candidates(self, ask: Ask) -> tuple[list[Candidate], list[WorkerLoad]]:

@@ -54,11 +54,14 @@ class Policy(Protocol):
 
 
 class Planner:
-    """Predicts what a candidate would take. `token_bytes`: KV bytes of a token, for pulls; 0 switches pulls off."""
+    """Predicts what a candidate would take. `token_bytes`: KV bytes of a token, for pulls; 0 switches pulls off.
+    `block_size`: tokens of a block.
+    """
 
-    def __init__(self, links: Links, token_bytes: int) -> None:
+    def __init__(self, links: Links, token_bytes: int, block_size: int) -> None:
         self.links = links
         self.token_bytes = token_bytes
+        self.block_size = block_size
 
     def compute(self, ask: Ask, candidate: Candidate, now_s: float) -> Way:
         """With what its node has."""

@@ -22,6 +22,8 @@ class Reservation:
         self._promises = promises
         self._computed = self._left = False
         decode.join(*self._tokens)
+        worker.sent += 1
+        decode.sent += decode is not worker
 
     def computed(self, now_s: float) -> None:
         """The prompt is computed, or given up; may be called again."""
@@ -37,3 +39,5 @@ class Reservation:
         if not self._left:
             self._left = True
             self._decode.part(*self._tokens)
+            self._worker.over += 1
+            self._decode.over += self._decode is not self._worker

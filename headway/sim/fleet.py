@@ -123,7 +123,7 @@ class SimFleet:
         scenario, entry = self._scenario, self._entry
         links = Links(scenario.link_latency_s, scenario.link_bytes_per_s or math.inf)
         token_bytes = scenario.hardware.token_bytes if scenario.link_bytes_per_s else 0
-        planner = Planner(links, token_bytes)
+        planner = Planner(links, token_bytes, self._trace.block_size)
         rules = Rules(
             self._trace.block_size,
             local_prefill_tokens=scenario.local_prefill_tokens if entry.local else 0,

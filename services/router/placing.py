@@ -18,7 +18,7 @@ from services.router.config import OURS, RouterConfig
 def make_placer(config: RouterConfig, card: ModelCard, index: PrefixIndex, links: Links) -> Placer:
     """For a model."""
     token_bytes = card.kv_format.bytes_per_token if config.link_bytes_per_s else 0
-    planner = Planner(links, token_bytes)
+    planner = Planner(links, token_bytes, card.kv_format.block_size)
     ours = config.policy == OURS
     policy: Policy = LeastDelay(planner) if ours else BASELINES[config.policy](planner, random.random)
     rules = Rules(

@@ -32,7 +32,7 @@ def worker(worker_id: str, *, queued_s: float = 0.0, running: int = 0, **fields:
 def placer(*workers: WorkerLoad, latency_s: float = 0.0, token_s: float = 0.0, **rules: Any) -> Placer:
     """A KV token is one byte, so that `token_s` is what a link takes for it."""
     links = Links(latency_s, 1 / token_s if token_s else 1e12)
-    planner = Planner(links, token_bytes=1)
+    planner = Planner(links, token_bytes=1, block_size=16)
     made = Placer(
         Rules(**{"block_size": 16, "local_prefill_tokens": 20, "max_queued": 10, **rules}),
         LeastDelay(planner),

@@ -20,7 +20,7 @@ class Counting(Planner):
     """Counts the full accounts."""
 
     def __init__(self) -> None:
-        super().__init__(Links(0.001, 1e6), token_bytes=100)
+        super().__init__(Links(0.001, 1e6), token_bytes=100, block_size=16)
         self.accounts = 0
 
     def best(self, ask: Ask, candidate: Candidate, tokens: int, holders: Sequence[str], now_s: float) -> Way:

@@ -67,4 +67,5 @@ def test_loads_come_back_to_nothing_whatever_the_order_of_events(events: list[tu
         reservation.leave(0.0)
     for load in made.loads.values():
         assert (len(load.backlog), load.backlog.tokens, load.running, load.memory.committed_tokens) == (0, 0, 0, 0)
+        assert load.in_flight == 0
     assert made.promises.overlap(KEYS) == {}
