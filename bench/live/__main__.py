@@ -2,7 +2,8 @@
 
 python -m bench.live --traces FOLDER [--quick] [--only policies,heavy,routers,spike,overload]
 
-4 prefill and 4 decode workers on 4 nodes; every eighth session of the conversation trace, whole, 20 times as fast.
+4 prefill and 4 decode workers on 4 nodes; every eighth session of the conversation trace, whole, 20 times as fast, the
+requests of a tick of its clock evenly over it.
 `policies`: ours, the reference's and round-robin, one after the other. `heavy`: ours on slower workers, where queues
 are long. `routers`: three routers at once. `spike`: ten times the load for five seconds. `overload`: three times the
 load for a minute. --quick: the first 20 seconds, policies only.

@@ -18,18 +18,18 @@ from headway.sim.fleet import Outcome, Scenario, SimFleet
 from headway.sim.hardware import STUDY, Linear
 from headway.sim.policies import Entry, entries
 from headway.sim.summary import percentile
-from headway.sim.trace import Trace, read_trace
+from headway.sim.trace import Trace, TraceRequest, read_trace
 
 TRACE = "mooncake_conversation_trace.jsonl"
+# Of the trace's clock: it has no times in between.
+TICK_S = 3.0
 SESSIONS, SPEED = 8, 20.0
 # The study's prefill workers, so many times as fast. The first loads the reference's to nine tenths, the second ours to
 # the brim, where queues are long.
 USUAL, HEAVY = 3.3, 1.9
 # Where queues decide; shorter times are those of single forwards and messages.
 LEAST_TTFT_S = 0.2
-# Where a policy draws lots, one run is not like another: the medians of so many live runs and of these seeds of the
-# simulator are compared.
-DRAW_LOTS, LIVES = ("reference",), 3
+# Of the simulator: where a policy draws lots, one run is not like another; the median of these is compared.
 SEEDS = range(7)
 # Room for what runs at once beside the cache: requests that wait for slots are nothing that the simulator knows.
 NODE_TOKENS = 2_560_000
@@ -65,9 +65,24 @@ def find_trace(folder: Path, *, quick: bool) -> Trace:
     """Every eighth session, whole, 20 times as fast; the first 20 seconds of that for a quick run."""
     for path in (folder / TRACE, folder / f"{TRACE}.gz"):
         if path.exists():
-            trace = read_trace(path).every(SESSIONS).faster(SPEED)
+            trace = spread(read_trace(path).every(SESSIONS)).faster(SPEED)
             return until(trace, 20.0) if quick else trace
     raise SystemExit(f"bench.live: there is no {TRACE}[.gz] in {folder}")
+
+
+def spread(trace: Trace) -> Trace:
+    """Requests of one tick of the trace's clock, in their order evenly over it. Where they come at once, their order at
+    the router is that of the network, and round-robin another policy each time.
+    """
+    ticks: dict[float, list[TraceRequest]] = {}
+    for request in trace.requests:
+        ticks.setdefault(request.arrival_s, []).append(request)
+    evenly = [
+        replace(request, arrival_s=start_s + TICK_S * at / len(together))
+        for start_s, together in ticks.items()
+        for at, request in enumerate(together)
+    ]
+    return replace(trace, requests=evenly)
 
 
 def until(trace: Trace, seconds: float) -> Trace:
@@ -76,16 +91,11 @@ def until(trace: Trace, seconds: float) -> Trace:
 
 @dataclass
 class Run:
-    """A policy on a trace, live (once or more often) and simulated (with each seed)."""
+    """A policy on a trace, live and simulated (with each seed)."""
 
     name: str
-    lives: Sequence[list[Seen]]
+    seen: list[Seen]
     outcomes: Sequence[Outcome]
-
-    @property
-    def seen(self) -> list[Seen]:
-        """The first time live."""
-        return self.lives[0]
 
     @property
     def outcome(self) -> Outcome:
@@ -99,11 +109,11 @@ class Run:
             "live": _ttft(live),
             "simulated": _ttft(simulated),
             "simulated load": round(self.load, 3),
-            "live p50, p90, of 0.2 s and more, by run": _by_run(map(ttfts, self.lives)),
-            "simulated p50, p90, of 0.2 s and more, by seed": _by_run(map(simulated_ttfts, self.outcomes)),
+            "live p50, p90, of 0.2 s and more": _rounded(_long(ttfts(self.seen))),
+            "simulated p50, p90, of 0.2 s and more, by seed": [_rounded(pair) for pair in self._simulated()],
             "itl_p50_ms": round(percentile(steps, 0.5) * 1e3, 1),
             "itl_p99_ms": round(percentile(steps, 0.99) * 1e3, 1),
-            "failed": sum(not one.ok for seen in self.lives for one in seen),
+            "failed": sum(not one.ok for one in self.seen),
             "sent late p99": round(percentile(sorted(one.late_s for one in self.seen), 0.99), 4),
             "error p50, p90": [round(value, 3) for value in self.errors()],
             "p90 over unloaded": round(self.p90_over_unloaded(), 2),
@@ -111,23 +121,24 @@ class Run:
 
     @property
     def mean_s(self) -> float:
-        return median([sum(times) / len(times) for times in map(ttfts, self.lives)])
+        times = ttfts(self.seen)
+        return sum(times) / len(times)
 
     @property
     def load(self) -> float:
         return median([outcome.load for outcome in self.outcomes])
 
     def errors(self) -> list[float]:
-        """live / simulated − 1 at p50 and p90 of requests with a TTFT of 200 ms and more; medians of runs and seeds."""
-        live, simulated = (
-            [median(values) for values in zip(*(_long(times) for times in runs), strict=True)]
-            for runs in (map(ttfts, self.lives), map(simulated_ttfts, self.outcomes))
-        )
-        return [here / there - 1 for here, there in zip(live, simulated, strict=True)]
+        """live / simulated − 1 at p50 and p90, of requests whose TTFT was at least 200 ms."""
+        simulated = [median(values) for values in zip(*self._simulated(), strict=True)]
+        return [here / there - 1 for here, there in zip(_long(ttfts(self.seen)), simulated, strict=True)]
 
     def p90_over_unloaded(self) -> float:
         """Simulated p90 over that of what each request had to compute, without any waiting."""
         return median([_p90_over_unloaded(outcome) for outcome in self.outcomes])
+
+    def _simulated(self) -> list[list[float]]:
+        return [_long(simulated_ttfts(outcome)) for outcome in self.outcomes]
 
 
 def simulated_ttfts(outcome: Outcome) -> list[float]:
@@ -141,8 +152,8 @@ def _long(times: Iterable[float]) -> list[float]:
     return [percentile(long, share) for share in SHARES]
 
 
-def _by_run(runs: Iterable[list[float]]) -> list[list[float]]:
-    return [[round(value, 3) for value in _long(times)] for times in runs]
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [round(value, 3) for value in values]
 
 
 def _p90_over_unloaded(outcome: Outcome) -> float:
@@ -160,9 +171,8 @@ def run(name: str, trace: Trace, where: Scenario, routers: int = 1, policy: str 
     """Live, then simulated."""
     entry: Entry = entries()[policy]
     progress(f"{name}: {len(trace)} requests in {trace.span_s:.0f} s")
-    times = LIVES if policy in DRAW_LOTS else 1
-    lives = [replay(trace, Live(where, entry, routers), on_done=lambda _: None) for _ in range(times)]
-    made = Run(name, lives, [SimFleet(trace, replace(where, seed=seed), entry).run() for seed in SEEDS])
+    seen = replay(trace, Live(where, entry, routers), on_done=lambda _: None)
+    made = Run(name, seen, [SimFleet(trace, replace(where, seed=seed), entry).run() for seed in SEEDS])
     progress(f"  {made.row()}")
     return made
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from headway.core.ask import Ask, Option
-from headway.core.backlog import Backlog
+from headway.core.backlog import Backlog, Prompt
 from headway.core.filters import Rules
 from headway.core.index import PrefixIndex
 from headway.core.keys import join_keys
@@ -170,7 +170,7 @@ class SimFleet:
         self._placer.add(load)
         return SimWorker(
             name, node, self._clock, hardware, self._trace.block_size, limits, self._entry.order,
-            self._running, self._drawn, self._ended,
+            self._running, self._chunk, self._drawn, self._ended,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ the router
@@ -256,6 +256,15 @@ class SimFleet:
         self._hear_debts(sequence)
         backlog = self._placer.loads[sequence.worker].backlog
         self._hear(lambda: backlog.started(sequence.number, self._clock.now_s))
+
+    def _chunk(self, sequence: SimSequence) -> None:
+        """A part of the prompt is computed: what a worker's status says then."""
+        request, load = sequence.request, self._placer.loads[sequence.worker]
+        left = request.prompt_tokens - sequence.computed
+        seconds = load.predictor.prefill_s(left, sequence.computed)
+        key = load.backlog.order.key(seconds, left, request.arrival_s, request.priority)
+        prompt = Prompt(sequence.number, key, seconds, left, tenant=request.tenant)
+        self._hear(lambda: load.backlog.report([prompt], {sequence.number}, None, self._clock.now_s))
 
     def _drawn(self, sequence: SimSequence) -> None:
         """The first token is there: the client has it, decode goes on."""

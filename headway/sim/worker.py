@@ -19,8 +19,8 @@ Tell = Callable[[SimSequence], None]
 class SimWorker:
     """Computes prompts and decodes, in forwards planned by core.step.
 
-    `on_running`: another prompt than before is computed (the first of a forward); `on_drawn`: a prompt's first token is
-    there; `on_ended`: its answer is.
+    `on_running`: another prompt than before is computed (the first of a forward); `on_chunk`: a part of a prompt is
+    computed, and the rest waits; `on_drawn`: a prompt's first token is there; `on_ended`: its answer is.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class SimWorker:
         limits: StepLimits,
         order: Order,
         on_running: Tell,
+        on_chunk: Tell,
         on_drawn: Tell,
         on_ended: Tell,
     ) -> None:
@@ -42,6 +43,7 @@ class SimWorker:
         self._clock = clock
         self._hardware = hardware
         self._on_running = on_running
+        self._on_chunk = on_chunk
         self._on_drawn = on_drawn
         self._on_ended = on_ended
         self._prompts = Prompts(node, block_size, hardware.predictor, limits, order)
@@ -140,6 +142,8 @@ class SimWorker:
             if item.draws:
                 item.sequence.first_token_s = self._clock.now_s
                 self._on_drawn(item.sequence)
+            else:
+                self._on_chunk(item.sequence)
         self._in_forward = False
         self._begin()
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from headway.core.ask import Ask
+from headway.core.baselines import LeastTokens
 from headway.core.order import Order, Rule
+from headway.core.policy import Candidate
 from headway.core.predict import Predictor
 from headway.core.step import StepLimits
 from headway.sim.fleet import Outcome, Scenario, SimFleet
@@ -219,3 +222,23 @@ def test_chunks_let_short_prompts_in() -> None:
     chunked = run("headway", trace(long, short), prefill=1, limits=StepLimits(64, 1 << 40, 0.5))
     assert (chunked.sequences[1].ttft_s or 0) < 0.2 * (whole.sequences[1].ttft_s or 0)
     assert (chunked.sequences[0].ttft_s or 0) < 1.1 * (whole.sequences[0].ttft_s or 0)
+
+
+def test_the_router_hears_how_far_a_prompt_is_while_it_is_computed() -> None:
+    """As workers' status tells it after every forward."""
+    seen: list[int] = []
+
+    class Probe(LeastTokens):
+        def cost(self, ask: Ask, candidate: Candidate) -> float:
+            seen.append(candidate[0].backlog.tokens)
+            return super().cost(ask, candidate)
+
+    requests = [TraceRequest(float(at), 40_000, 2, (bytes([at]) * 16,)) for at in range(4)]
+    chunked = StepLimits(batch=64, chunk_tokens=1 << 20, chunk_s=0.25)
+    scenario = Scenario(STUDY, 1, 1, limits=chunked)
+    SimFleet(Trace("long", 40_000, requests), scenario, replace(POLICIES["least-loaded"], make=Probe)).run()
+    assert seen[0] == 0
+    # A second computes some 9,000 tokens at first, and fewer the more come before them.
+    computed = [at * 40_000 - left for at, left in enumerate(seen)]
+    assert 5_000 < computed[1] < 10_000
+    assert computed[1] + 3_000 < computed[2] < computed[3]

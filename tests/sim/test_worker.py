@@ -32,7 +32,7 @@ class Bench:
         self.told: list[tuple[str, int, float]] = []
         self.worker = SimWorker(
             "w", self.node, self.clock, hardware, 10, limits, order or Order(Rule.ARRIVAL),
-            *(self._tell(kind) for kind in ("started", "drawn", "ended")),
+            *(self._tell(kind) for kind in ("started", "chunk", "drawn", "ended")),
         )  # fmt: skip
 
     def _tell(self, kind: str) -> Any:
