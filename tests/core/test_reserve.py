@@ -41,8 +41,9 @@ def test_a_word_of_the_worker_that_is_older_than_its_result_changes_nothing() ->
     load = made.loads["d0"]
     load.backlog.report([Prompt("x", (0, 0.1), 0.1, 100)], (), "x", 1.0)
     reservation.computed(1.1)
-    assert (load.running, load.coming) == (1, 0)
+    assert (load.running, load.coming, load.in_flight) == (1, 0, 1)
     reservation.leave(2.0)
+    assert load.in_flight == 0
     assert (load.running, load.kv_tokens, load.memory.committed_tokens) == (0, 0, 0)
 
 
