@@ -258,13 +258,19 @@ class SimFleet:
         self._hear(lambda: backlog.started(sequence.number, self._clock.now_s))
 
     def _chunk(self, sequence: SimSequence) -> None:
-        """A part of the prompt is computed: what a worker's status says then."""
+        """A part of the prompt is computed: what a worker's status says then. It goes on unless another starts."""
         request, load = sequence.request, self._placer.loads[sequence.worker]
         left = request.prompt_tokens - sequence.computed
         seconds = load.predictor.prefill_s(left, sequence.computed)
         key = load.backlog.order.key(seconds, left, request.arrival_s, request.priority)
         prompt = Prompt(sequence.number, key, seconds, left, tenant=request.tenant)
-        self._hear(lambda: load.backlog.report([prompt], {sequence.number}, None, self._clock.now_s))
+
+        def heard() -> None:
+            # Given up meanwhile, as far as the router knows: that is older than what it hears now.
+            if sequence.number in load.backlog:
+                load.backlog.report([prompt], {sequence.number}, sequence.number, self._clock.now_s)
+
+        self._hear(heard)
 
     def _drawn(self, sequence: SimSequence) -> None:
         """The first token is there: the client has it, decode goes on."""

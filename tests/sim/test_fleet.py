@@ -227,10 +227,13 @@ def test_chunks_let_short_prompts_in() -> None:
 def test_the_router_hears_how_far_a_prompt_is_while_it_is_computed() -> None:
     """As workers' status tells it after every forward."""
     seen: list[int] = []
+    running: list[object] = []
 
     class Probe(LeastTokens):
         def cost(self, ask: Ask, candidate: Candidate) -> float:
-            seen.append(candidate[0].backlog.tokens)
+            backlog = candidate[0].backlog
+            seen.append(backlog.tokens)
+            running.append(backlog.running and (backlog.running.name, backlog.left_s(ask.arrival_s) > 0))
             return super().cost(ask, candidate)
 
     requests = [TraceRequest(float(at), 40_000, 2, (bytes([at]) * 16,)) for at in range(4)]
@@ -242,3 +245,5 @@ def test_the_router_hears_how_far_a_prompt_is_while_it_is_computed() -> None:
     computed = [at * 40_000 - left for at, left in enumerate(seen)]
     assert 5_000 < computed[1] < 10_000
     assert computed[1] + 3_000 < computed[2] < computed[3]
+    # The first, while the others wait.
+    assert running == [None, (0, True), (0, True), (0, True)]
