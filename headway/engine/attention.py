@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as attend
+from torch.nn.functional import scaled_dot_product_attention
 
 from headway.engine.errors import ModelError
 from headway.engine.pages import Plan, Span
@@ -45,19 +45,28 @@ def paged_attention(
     shape = (1, pages.heads, query.shape[2], pages.dim)
     if key.shape != shape or value.shape != shape:
         raise ModelError(f"a layer has K and V of shape {tuple(key.shape)} and {tuple(value.shape)}, not {shape}")
-    layer: int = module.layer_idx
-    headway_plan.store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    out = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]))
-    for span in headway_plan.spans:
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    return attend(headway_plan, module.layer_idx, query, key, value, scaling)[None], None
+
+
+def attend(
+    plan: Plan, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """RoPE applied: query [rows, heads, dim], key and value [rows, kv_heads, dim] → [rows, heads, dim]."""
+    pages = plan.pages
+    plan.store(layer, key, value)
+    out = query.new_empty(query.shape)
+    by_head, k_new, v_new = (part.transpose(0, 1) for part in (query, key, value))
+    for span in plan.spans:
         rows = slice(span.start, span.stop)
         if span.cold:
-            k, v = key[0, :, rows], value[0, :, rows]
+            k, v = k_new[:, rows], v_new[:, rows]
         else:
             k, v = (part.transpose(0, 1) for part in pages.gather(layer, span.blocks, span.length))
-        out[0, rows] = _attend(query[0, :, rows], k, v, span, scaling).transpose(0, 1)
-    for batch in headway_plan.batches:
-        out[0].index_copy_(0, batch.rows, batch.attend(pages, layer, query[0], scaling))
-    return out, None
+        out[rows] = _attend(by_head[:, rows], k, v, span, scaling).transpose(0, 1)
+    for batch in plan.batches:
+        out.index_copy_(0, batch.rows, batch.attend(layer, query, (key, value), scaling))
+    return out
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scaling: float | None) -> torch.Tensor:
@@ -70,7 +79,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scali
     if rows == 1:
         grouped = grouped.transpose(1, 2)  # the group takes the place of the rows: all see the whole sequence
     shape = (k.shape[0], grouped.shape[1], span.length, dim)
-    done = attend(
+    done = scaled_dot_product_attention(
         grouped,
         k.unsqueeze(1).expand(shape),
         v.unsqueeze(1).expand(shape),

@@ -6,7 +6,7 @@ sequence can go on in any worker that maps the slab.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,22 +40,28 @@ class Chunk:
     """Tokens [position, position + len(tokens)) of one sequence, whose earlier K and V are in the slab.
 
     slots: the sequence's block table, int32 [blocks]; token t lives in slots[t // block_size] at t % block_size.
-    draw: None when more of the prompt follows.
+    draw: None when more of the prompt follows. sequence: names it for as long as it decodes here, until `forget`; the
+        engine may keep a copy of its K and V meanwhile. None: it has no name, and there is no copy.
     """
 
     tokens: Sequence[int]
     position: int
     slots: npt.NDArray[np.int32]
     draw: Draw | None
+    sequence: Hashable | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A drawn token; log probabilities are of the distribution before temperature and truncation."""
+    """A drawn token; log probabilities are of the distribution before temperature and truncation.
+
+    copied_bytes: K and V that were copied for this step, so that attention reads them in one piece.
+    """
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    copied_bytes: int = 0
 
 
 class SlabArray(Protocol):
@@ -87,6 +93,9 @@ class Engine(Protocol):
 
     def scratch(self, slots: int, stride: int) -> SlabArray:
         """Memory like a slab's, uint8 [slots, stride], to measure forwards in before there is a slab."""
+
+    def forget(self, sequence: Hashable) -> None:
+        """The sequence of this name goes on elsewhere, or nowhere. From any thread; an unknown one is ignored."""
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
         """Compute all chunks in one pass, write their K and V, and draw where asked; one entry a chunk, in order.

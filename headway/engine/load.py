@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ from headway.engine.attention import NAME, paged_attention
 from headway.engine.contract import Engine
 from headway.engine.errors import ModelError
 from headway.engine.folder import check_folder, fingerprint, read_json
-from headway.engine.model import TransformersEngine
+from headway.engine.lean import read_decoder
+from headway.engine.linear import pack_linears
+from headway.engine.model import TorchEngine
 from headway.engine.pages import ORDER
-from headway.engine.proof import prove
+from headway.engine.proof import expected_logits, prove
 from headway.engine.quiet import quiet
+from headway.engine.stock import StockModel
 from headway.engine.support import active_window, check_supported
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ModelError", "load_engine", "read_model_config"]
 
@@ -42,9 +48,23 @@ def load_engine(
     config = read_model_config(folder)
     check_folder(folder)
     AttentionInterface.register(NAME, paged_attention)
+    card = _card(folder, config, dtype, block_size)
     model = _moved(_load_weights(folder, config, dtype), device)
-    engine = TransformersEngine(model, _card(folder, config, dtype, block_size))
-    prove(model, engine)
+    expected, kind = expected_logits(model, card), config.model_type
+    decoder = read_decoder(model)
+    if decoder is not None:
+        engine = TorchEngine(decoder, card, torch.device(device))
+        try:
+            prove(engine, expected, kind)
+            return engine
+        except ModelError as error:
+            # Something beside the common shape, so its own modules; the weights went into the decoder.
+            log.info("event=stock_modules type=%s reason=%s", kind, error)
+            del decoder, engine
+            model = _moved(_load_weights(folder, config, dtype), device)
+    pack_linears(model)
+    engine = TorchEngine(StockModel(model), card, torch.device(device))
+    prove(engine, expected, kind)
     return engine
 
 

@@ -1,45 +1,62 @@
-"""The engine that serves transformers models: all chunks of a step in one packed forward over the slab."""
+"""The engine that torch runs: all chunks of a step in one packed forward over the slab."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headway.core.model import ModelCard
-from headway.engine.batched import moved, plan_batched
 from headway.engine.contract import Chunk, DeviceLost, Drawn, SlabArray
 from headway.engine.errors import ModelError
-from headway.engine.pages import Pages, plan_forward
+from headway.engine.pages import Pages, Plan
+from headway.engine.plan_cpu import plan_cpu
+from headway.engine.plan_device import moved, plan_device, vectors, with_vectors
 from headway.engine.sampling import draw_rows
+from headway.engine.working import Copies
 
 # cuDNN's is not among them.
 ANY_STRIDES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-class TransformersEngine:
-    """An Engine (see contract) around a causal language model whose attention is `paged_attention`."""
+class Forward(Protocol):
+    """A model over the slab."""
 
-    def __init__(self, model: Any, card: ModelCard) -> None:
+    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """ids, positions: int64 [rows], of all chunks. → logits [len(last), vocabulary] after the rows `last`."""
+
+
+class TorchEngine:
+    """An Engine (see contract) around a model whose weights are on `device`."""
+
+    def __init__(self, model: Forward, card: ModelCard, device: torch.device) -> None:
         self.card = card
         self._model = model
-        self._dtype: torch.dtype = getattr(torch, card.kv_format.dtype)
-        self.device: torch.device = next(model.parameters()).device
-        self._plan = plan_forward if self.device.type == "cpu" else plan_batched
+        self.device = device
         self._pages: Pages | None = None
+        self._copies: Copies | None = None
 
     def bind(self, slab: SlabArray) -> None:
         """Use this slab from now on. Raises ValueError where it cannot hold card.kv_format."""
         self._pages = Pages(slab, self.card.kv_format, self.device)
+        if self.device.type == "cpu":
+            # All that the slab holds could be copied, and no more runs at once.
+            self._copies = Copies(self._pages, self._pages.slots * self._pages.block_size)
 
     def unbind(self) -> None:
         """Drop every view of the slab, so that it can be unmapped."""
-        self._pages = None
+        self._pages = self._copies = None
+
+    def forget(self, sequence: Hashable) -> None:
+        """See the contract."""
+        if self._copies is not None:
+            self._copies.forget(sequence)
 
     def scratch(self, slots: int, stride: int) -> SlabArray:
         """See the contract."""
@@ -58,7 +75,8 @@ class TransformersEngine:
             if self.device.type != "cpu":
                 _check_works(self.device, error)
             raise
-        return [None if chunk.draw is None else next(drawn) for chunk in chunks]
+        results = [None if chunk.draw is None else next(drawn) for chunk in chunks]
+        return self._with_copied(chunks, results) if self._copies and self._copies.made else results
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -66,25 +84,28 @@ class TransformersEngine:
         if self._pages is None:
             raise ModelError("the engine has no slab; bind one first")
         self._check(chunks)
-        plan = self._plan(self._pages, chunks, self._dtype)
+        plan = self._plan(self._pages, chunks)
         ids = np.concatenate([np.asarray(chunk.tokens, np.int64) for chunk in chunks])
         positions = np.concatenate([np.arange(c.position, c.position + len(c.tokens)) for c in chunks])
         ends = accumulate(len(chunk.tokens) for chunk in chunks)
         last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.draw is not None]
         inputs = [torch.from_numpy(ids), torch.from_numpy(positions), torch.tensor(last, dtype=torch.int64)]
         if self.device.type != "cpu":
-            inputs = moved([*inputs, *plan.vectors], self.device)
-            plan = plan.with_vectors(inputs[3:])
+            inputs = moved([*inputs, *vectors(plan)], self.device)
+            plan = with_vectors(plan, inputs[3:])
         with self._kernels():
-            output = self._model(
-                input_ids=inputs[0][None],
-                position_ids=inputs[1][None],
-                use_cache=False,
-                logits_to_keep=inputs[2],
-                headway_plan=plan,
-            )
-        rows: torch.Tensor = output.logits[0].float()
-        return rows
+            return self._model(inputs[0], inputs[1], inputs[2], plan).float()
+
+    def _plan(self, pages: Pages, chunks: Sequence[Chunk]) -> Plan:
+        return plan_device(pages, chunks) if self._copies is None else plan_cpu(pages, chunks, self._copies)
+
+    def _with_copied(self, chunks: Sequence[Chunk], drawn: Sequence[Drawn | None]) -> list[Drawn | None]:
+        """Says of each sequence that got a working copy how much was copied."""
+        made, token_bytes = self._copies.made if self._copies else {}, self.card.kv_format.bytes_per_token
+        return [
+            replace(one, copied_bytes=made[chunk.sequence] * token_bytes) if one and chunk.sequence in made else one
+            for chunk, one in zip(chunks, drawn, strict=True)
+        ]
 
     def _kernels(self) -> AbstractContextManager[object]:
         """On a GPU, those attention kernels that take any strides: heads that share K and V lie 0 bytes apart."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,6 @@ import torch
 
 from headway.core.model import KvFormat
 from headway.engine.contract import Chunk, SlabArray
-
-if TYPE_CHECKING:
-    from headway.engine.batched import Batch
 
 # Token-major inside a block: a gathered sequence is [token, head, dim] as it stands, so that attention reads it
 # without a transposition: a third less time than head-major on one thread, 13 to 18 % on two (batch 1 to 16).
@@ -40,6 +37,7 @@ class Pages:
         if bytes_.shape[1] < kv_format.slot_bytes or bytes_.shape[1] % dtype.itemsize:
             raise ValueError(f"the slab has {bytes_.shape[1]} bytes a slot, the KV format needs {kv_format.slot_bytes}")
         self.device = device
+        self.dtype = dtype
         self.slots: int = bytes_.shape[0]
         self.block_size = kv_format.block_size
         self.heads = group.kv_heads
@@ -100,6 +98,23 @@ class Piece(NamedTuple):
     offset: int
 
 
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class Batch(Protocol):
+    """Rows of the pack, one of each of n sequences, that attend together."""
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """int64 [n]"""
+
+    def attend(self, layer: int, query: torch.Tensor, new: KeyValue, scaling: float | None) -> torch.Tensor:
+        """query [rows of the pack, heads, dim], new K and V [rows of the pack, kv_heads, dim] → [n, heads, dim].
+
+        K and V of all rows are in the slab already.
+        """
+
+
 class Plan(NamedTuple):
     """One forward.
 
@@ -113,20 +128,6 @@ class Plan(NamedTuple):
     pieces: list[Piece]
     steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     batches: Sequence[Batch] = ()
-
-    @property
-    def vectors(self) -> list[torch.Tensor]:
-        """All int64 tensors of the plan, for `with_vectors`."""
-        of_batches = [vector for batch in self.batches for vector in batch]
-        return [*self.steps, *of_batches, *(span.blocks for span in self.spans)]
-
-    def with_vectors(self, vectors: Sequence[torch.Tensor]) -> Plan:
-        """The same with these in their place, e.g. on a device."""
-        given = iter(vectors)
-        steps = (next(given), next(given), next(given))
-        batches = [type(batch)(next(given), next(given), next(given)) for batch in self.batches]
-        spans = [span._replace(blocks=next(given)) for span in self.spans]
-        return self._replace(steps=steps, batches=batches, spans=spans)
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write K and V of all rows, each [rows, kv_heads, head_dim], into the slab."""
@@ -142,32 +143,8 @@ class Plan(NamedTuple):
                 target[slots, offsets] = source[rows]
 
 
-def plan_forward(pages: Pages, chunks: Sequence[Chunk], dtype: torch.dtype) -> Plan:
-    """Where each row's K and V go and what it may see; made once a forward, used by every layer.
-
-    Raises ValueError where a chunk is empty or its block table too short or outside the slab.
-    """
-    spans: list[Span] = []
-    runs: list[Run] = []
-    pieces: list[Piece] = []
-    steps: list[tuple[int, int, int]] = []
-    row = 0
-    for chunk in chunks:
-        count, position = len(chunk.tokens), chunk.position
-        blocks = checked_blocks(pages, chunk)
-        if count == 1:
-            steps.append((row, int(blocks[-1]), position % pages.block_size))
-        else:
-            _split(pages.block_size, row, position, count, blocks, runs, pieces)
-        mask = causal_mask(count, position, dtype, pages.device) if count > 1 and position > 0 else None
-        spans.append(Span(row, row + count, position + count, torch.from_numpy(blocks), mask))
-        row += count
-    columns = torch.tensor(steps, dtype=torch.int64).view(-1, 3)
-    return Plan(pages, spans, runs, pieces, (columns[:, 0], columns[:, 1], columns[:, 2]))
-
-
 def checked_blocks(pages: Pages, chunk: Chunk) -> npt.NDArray[np.int64]:
-    """The slots of the chunk's tokens and all before. Raises ValueError as `plan_forward`."""
+    """The slots of the chunk's tokens and all before. Raises ValueError as `plan_cpu`."""
     end = chunk.position + len(chunk.tokens)
     needed = -(-end // pages.block_size)
     if not chunk.tokens or chunk.position < 0:
@@ -184,28 +161,3 @@ def causal_mask(count: int, position: int, dtype: torch.dtype, device: torch.dev
     """Row r sees tokens [0, position + r]."""
     mask = torch.full((count, position + count), -torch.inf, dtype=dtype, device=device)
     return torch.triu(mask, diagonal=position + 1)
-
-
-def _split(
-    size: int,
-    row: int,
-    position: int,
-    count: int,
-    blocks: npt.NDArray[np.int64],
-    runs: list[Run],
-    pieces: list[Piece],
-) -> None:
-    """Cut a chunk at block borders; whole blocks in consecutive slots become one run."""
-    end = row + count
-    first = row - position  # the row at which the sequence's token 0 would lie
-    while row < end:
-        block, offset = divmod(row - first, size)
-        slot = int(blocks[block])
-        stop = min(end, row + size - offset)
-        if stop - row < size:
-            pieces.append(Piece(row, stop, slot, offset))
-        elif runs and runs[-1].stop == row and runs[-1].slot + (row - runs[-1].start) // size == slot:
-            runs[-1] = Run(runs[-1].start, stop, runs[-1].slot)
-        else:
-            runs.append(Run(row, stop, slot))
-        row = stop

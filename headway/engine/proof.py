@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from headway.core.model import ModelCard
 from headway.core.sampling import Sampling
 from headway.engine.attention import NAME
 from headway.engine.contract import Chunk, Draw
 from headway.engine.errors import ModelError
-from headway.engine.model import TransformersEngine
+from headway.engine.model import TorchEngine
 from headway.engine.quiet import quiet
 
 # Root mean square of the difference, in standard deviations of the logits; unrelated logits give about 1.4.
@@ -19,15 +20,14 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
 _TOKENS = 40
 
 
-def prove(model: Any, engine: TransformersEngine) -> None:
-    """Compute one sequence cold, chunked, stepped and beside another; leaves the engine unbound. Raises ModelError.
+def prove(engine: TorchEngine, expected: torch.Tensor, kind: str) -> None:
+    """Compute one sequence cold, chunked, stepped and beside another; leaves the engine unbound.
 
-    Catches position encodings and attention that support.py does not know of.
+    expected: from `expected_logits` of a model of type `kind`. Raises ModelError where the engine's differ: catches
+    position encodings, attention and layers that support.py and lean.py do not know of.
     """
-    kind = model.config.model_type
     try:
-        expected = _stock(model, _ids(engine))
-        found = _paged(engine, _ids(engine))
+        found = _paged(engine, _ids(engine.card))
     except Exception as error:
         raise ModelError(f"models of type {kind} do not run over paged attention: {error}") from error
     finally:
@@ -41,14 +41,23 @@ def prove(model: Any, engine: TransformersEngine) -> None:
         )
 
 
-def _ids(engine: TransformersEngine) -> list[int]:
-    count = min(_TOKENS, engine.card.context_tokens)
-    return [int(i) for i in np.random.default_rng(7).integers(0, engine.card.vocab_size, count)]
+def expected_logits(model: Any, card: ModelCard) -> torch.Tensor:
+    """float32 [5, vocabulary], of the model's own modules and attention. Raises ModelError."""
+    try:
+        return _stock(model, _ids(card))
+    except Exception as error:
+        kind = model.config.model_type
+        raise ModelError(f"models of type {kind} do not run: {error}") from error
+
+
+def _ids(card: ModelCard) -> list[int]:
+    count = min(_TOKENS, card.context_tokens)
+    return [int(i) for i in np.random.default_rng(7).integers(0, card.vocab_size, count)]
 
 
 @torch.inference_mode()
 def _stock(model: Any, ids: list[int]) -> torch.Tensor:
-    """float32 [5, vocabulary]: after the first and second token, in the middle, at the end and again at the end."""
+    """After the first and second token, in the middle, at the end and again at the end."""
     with quiet():
         model.set_attn_implementation("eager")
         try:
@@ -59,7 +68,7 @@ def _stock(model: Any, ids: list[int]) -> torch.Tensor:
     return logits[[0, 1, len(ids) // 2 - 1, len(ids) - 1, len(ids) - 1]].float()
 
 
-def _paged(engine: TransformersEngine, ids: list[int]) -> torch.Tensor:
+def _paged(engine: TorchEngine, ids: list[int]) -> torch.Tensor:
     """The same rows over a slab of NaN: in chunks, two of them beside a second sequence, and at last in one piece."""
     kv_format = engine.card.kv_format
     blocks = -(-len(ids) // kv_format.block_size)
@@ -70,7 +79,7 @@ def _paged(engine: TransformersEngine, ids: list[int]) -> torch.Tensor:
     half = len(ids) // 2
     rows = [
         engine.logits([Chunk(ids[1:half], 0, theirs, None), Chunk(ids[:1], 0, ours, draw)]),
-        engine.logits([Chunk(ids[1:2], 1, ours, draw), Chunk(ids[:2], half - 1, theirs, None)]),
+        engine.logits([Chunk(ids[1:2], 1, ours, draw, "ours"), Chunk(ids[:2], half - 1, theirs, None)]),
         engine.logits([Chunk(ids[2:half], 2, ours, draw)]),
         engine.logits([Chunk(ids[half:], half, ours, draw)]),
         engine.logits([Chunk(ids, 0, ours, draw)]),

@@ -11,7 +11,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +91,9 @@ class SimulatedEngine:
 
     def scratch(self, slots: int, stride: int) -> SlabArray:
         return np.zeros((slots, stride), np.uint8)
+
+    def forget(self, sequence: Hashable) -> None:
+        pass
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
         if self._poison is not None and any(self._poison in chunk.tokens for chunk in chunks):

@@ -233,6 +233,7 @@ class DecodeTokens(_message.Message):
     cached_tokens: _builtins.int
     computed_tokens: _builtins.int
     working_copy_bytes: _builtins.int
+    """KV bytes that the engine copied for these tokens' step; once for a sequence, and again when it outgrows its copy."""
     pulled_bytes: _builtins.int
     """On the first message: KV bytes that came from another node."""
     @_builtins.property

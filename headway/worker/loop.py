@@ -224,7 +224,8 @@ class EngineLoop:
             if item.draws and offers and self.timing.predictor.prefill_s(item.count, item.start) > OFFER_EARLY_S:
                 self.leases.offer_to_joiner(active)
             tokens = item.sequence.tokens[item.start : item.start + item.count]
-            chunks.append(Chunk(tokens, item.start, active.slots, active.draw() if item.draws else None))
+            draw = active.draw() if item.draws else None
+            chunks.append(Chunk(tokens, item.start, active.slots, draw, item.sequence))
         return chunks
 
     def _apply(self, work: list[Work[Sequence]], results: list[Result]) -> None:
@@ -304,5 +305,6 @@ class EngineLoop:
         if active.expiry is not None:
             active.expiry.cancel()
         self._actives.pop(active.sequence, None)
+        self._engine.forget(active.sequence)
         self.leases.forget(active)
         self._on_load()

@@ -110,6 +110,7 @@ class DecodeRun:
     def drawn(self, active: Active, drawn: Drawn, output_index: int, finish: Finish | None) -> None:
         sequence = active.sequence
         tokens = decode_pb2.DecodeTokens(tokens=[token_to_proto(drawn, output_index)], finish_reason=FINISH[finish])
+        tokens.working_copy_bytes = drawn.copied_bytes
         if not active.announced:
             active.announced = True
             tokens.pulled_bytes = active.pulled_bytes

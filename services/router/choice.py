@@ -197,8 +197,7 @@ class Choice:
             finished.usage.pulled_bytes += tokens.pulled_bytes
         else:
             finished.usage.handoff_bytes += tokens.pulled_bytes
-        if tokens.working_copy_bytes:
-            finished.usage.working_copy_bytes = tokens.working_copy_bytes
+        finished.usage.working_copy_bytes += tokens.working_copy_bytes
         last = len(tokens.tokens) - 1
         for at, token in enumerate(tokens.tokens):
             reason = tokens.finish_reason if at == last else common_pb2.FINISH_REASON_UNSPECIFIED

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from headway.core.sampling import Sampling
-from headway.engine.contract import Chunk, Draw, Engine, SlabArray
+from headway.engine.contract import Chunk, Draw, Drawn, Engine, SlabArray
 
 
 @dataclass
@@ -36,6 +36,8 @@ class Driver:
         self._bound: SlabArray = self.slab if device == "cpu" else torch.from_numpy(self.slab).to(device)
         self._block = engine.card.kv_format.block_size
         self._free = [int(slot) for slot in np.random.default_rng(seed).permutation(slots)]
+        # Of the last forward.
+        self.drawn: list[Drawn | None] = []
         engine.bind(self._bound)
 
     def start(
@@ -69,8 +71,9 @@ class Driver:
             tokens = at.tokens[at.computed : at.computed + limit]
             last = at.computed + len(tokens) == len(at.tokens)
             draw = Draw(at.sampling, len(at.outputs), 0, tuple(at.tokens), at.prompt_tokens) if last else None
-            chunks.append(Chunk(tokens, at.computed, at.table, draw))
-        for at, chunk, drawn in zip(running, chunks, self.engine.forward(chunks), strict=True):
+            chunks.append(Chunk(tokens, at.computed, at.table, draw, id(at)))
+        self.drawn = self.engine.forward(chunks)
+        for at, chunk, drawn in zip(running, chunks, self.drawn, strict=True):
             at.computed += len(chunk.tokens)
             if drawn is not None:
                 at.outputs.append(drawn.token_id)

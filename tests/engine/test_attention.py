@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 
 from headway.core.model import KvFormat, LayerGroup
 from headway.engine.attention import paged_attention
-from headway.engine.batched import moved, plan_batched
 from headway.engine.contract import Chunk
 from headway.engine.errors import ModelError
-from headway.engine.pages import ORDER, Pages, Plan, plan_forward
+from headway.engine.pages import ORDER, Pages, Plan
+from headway.engine.plan_cpu import plan_cpu
+from headway.engine.plan_device import Gathered, moved, plan_device, vectors, with_vectors
+from headway.engine.working import Copies
 
 DIM = 8
 
@@ -52,7 +55,26 @@ def cases(draw: st.DrawFn) -> tuple[int, int, int, list[list[int]], bool, int]:
     )
 
 
-@pytest.mark.parametrize("plan_of", [plan_forward, plan_batched])
+def plain(pages: Pages, chunks: Sequence[Chunk]) -> Plan:
+    """Without working copies."""
+    return plan_cpu(pages, chunks, Copies(pages, 0))
+
+
+class WithCopies:
+    """Sequences are known by their block tables; one copy at most has room where `most_tokens` is small."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self._most_tokens = most_tokens
+        self._copies: Copies | None = None
+
+    def __call__(self, pages: Pages, chunks: Sequence[Chunk]) -> Plan:
+        if self._copies is None or self._copies.pages is not pages:
+            self._copies = Copies(pages, self._most_tokens)
+        named = [replace(chunk, sequence=int(chunk.slots[0])) for chunk in chunks]
+        return plan_cpu(pages, named, self._copies)
+
+
+@pytest.mark.parametrize("plan_of", [plain, plan_device, WithCopies(1 << 20), WithCopies(40)])
 @settings(max_examples=120, deadline=None)
 @given(case=cases())
 def test_equals_dense_attention(
@@ -75,7 +97,7 @@ def test_equals_dense_attention(
         cuts = {at: slice(done[at], done[at] + sequences[at][turn]) for at in active}
         chunks = [Chunk([0] * sequences[at][turn], done[at], tables[at], None) for at in active]
         pack = [torch.cat([part[at][:, cuts[at]] for at in active], dim=1)[None] for part in (q, k, v)]
-        plan = plan_of(pages, chunks, torch.float32)
+        plan = plan_of(pages, chunks)
         for layer in range(2):  # the second layer must not disturb the first
             sign = 1.0 if layer == 0 else -1.0
             out, _ = paged_attention(
@@ -95,28 +117,29 @@ def test_sequences_of_one_length_decode_together(monkeypatch: pytest.MonkeyPatch
     pages, _ = pages_of(4, 1, 64)
     lengths = [30, 3, 31, 4, 9]
     chunks = [Chunk([0], length - 1, np.arange(8, dtype=np.int32), None) for length in lengths]
-    monkeypatch.setattr("headway.engine.batched.BATCH_TOKENS", 64)
-    plan = plan_batched(pages, chunks, torch.float32)
-    assert [batch.lengths.tolist() for batch in plan.batches] == [[31, 30], [9, 4, 3]]
-    assert [batch.rows.tolist() for batch in plan.batches] == [[2, 0], [4, 3, 1]]
-    assert [tuple(batch.table.shape) for batch in plan.batches] == [(2, 8), (3, 3)]
+    monkeypatch.setattr("headway.engine.plan_device.BATCH_TOKENS", 64)
+    plan = plan_device(pages, chunks)
+    batches = [batch for batch in plan.batches if isinstance(batch, Gathered)]
+    assert [batch.lengths.tolist() for batch in batches] == [[31, 30], [9, 4, 3]]
+    assert [batch.rows.tolist() for batch in batches] == [[2, 0], [4, 3, 1]]
+    assert [tuple(batch.table.shape) for batch in batches] == [(2, 8), (3, 3)]
 
 
 def test_all_that_the_host_says_of_a_forward_goes_over_in_one_copy() -> None:
     pages, _ = pages_of(4, 1, 64)
     table = np.arange(8, dtype=np.int32)
     chunks = [Chunk([0] * 6, 3, table, None), Chunk([0], 20, table, None), Chunk([0], 5, table, None)]
-    plan = plan_batched(pages, chunks, torch.float32)
-    went = moved(plan.vectors, torch.device("cpu"))
+    plan = plan_device(pages, chunks)
+    went = moved(vectors(plan), torch.device("cpu"))
     assert len({vector.untyped_storage().data_ptr() for vector in went}) == 1
-    again = plan.with_vectors(went)
-    assert [vector.tolist() for vector in again.vectors] == [vector.tolist() for vector in plan.vectors]
+    again = with_vectors(plan, went)
+    assert [vector.tolist() for vector in vectors(again)] == [vector.tolist() for vector in vectors(plan)]
     assert again.spans[0].mask is plan.spans[0].mask
 
 
 def call(**keywords: Any) -> None:
     pages, _ = pages_of(4, 1, 4)
-    plan = plan_forward(pages, [Chunk([1, 2], 0, np.array([3], np.int32), None)], torch.float32)
+    plan = plain(pages, [Chunk([1, 2], 0, np.array([3], np.int32), None)])
     given: dict[str, Any] = {"attention_mask": None, "scaling": 1.0, "headway_plan": plan} | keywords
     heads = given.pop("kv_heads", 1)
     qkv = (torch.ones(1, 1, 2, DIM), torch.ones(1, heads, 2, DIM), torch.ones(1, heads, 2, DIM))
@@ -152,14 +175,14 @@ def test_keywords_that_ask_for_nothing_are_fine() -> None:
 def test_consecutive_slots_are_written_as_one_run() -> None:
     pages, _ = pages_of(4, 1, 12)
     table = np.array([5, 6, 7, 2, 9], np.int32)
-    plan = plan_forward(pages, [Chunk([0] * 17, 2, table, None)], torch.float32)
+    plan = plain(pages, [Chunk([0] * 17, 2, table, None)])
     assert [tuple(run) for run in plan.runs] == [(2, 10, 6), (10, 14, 2)]
     assert [tuple(piece) for piece in plan.pieces] == [(0, 2, 5, 2), (14, 17, 9, 0)]
 
 
 def test_gather_leaves_out_what_lies_past_the_end() -> None:
     pages, slab = pages_of(4, 1, 3)
-    plan = plan_forward(pages, [Chunk([0] * 5, 0, np.array([2, 0], np.int32), None)], torch.float32)
+    plan = plain(pages, [Chunk([0] * 5, 0, np.array([2, 0], np.int32), None)])
     plan.store(1, torch.ones(5, 1, DIM), torch.full((5, 1, DIM), 2.0))
     key, value = pages.gather(1, plan.spans[0].blocks, 5)
     assert key.shape == (5, 1, DIM)

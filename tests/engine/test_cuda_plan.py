@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from headway.core.model import ModelCard
 from headway.core.sampling import Sampling
 from headway.engine.attention import NAME, paged_attention
-from headway.engine.batched import plan_batched
 from headway.engine.contract import Chunk, Draw
 from headway.engine.load import kv_format_of
-from headway.engine.model import TransformersEngine
+from headway.engine.model import TorchEngine
+from headway.engine.stock import StockModel
 from tests.engine.tiny import FAMILIES, VOCABULARY
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
@@ -42,8 +42,8 @@ def test_a_mixed_step_runs_on_the_gpu_alone(family: str, dtype: str, monkeypatch
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
             slab = torch.zeros((40, -(-kv_format.slot_bytes // 4096) * 4096), dtype=torch.uint8)
         model.set_attn_implementation(NAME)
-        engine = TransformersEngine(model.eval(), ModelCard("fake", bytes(16), 256, VOCABULARY, (), kv_format))
-        assert engine._plan is plan_batched
+        card = ModelCard("fake", bytes(16), 256, VOCABULARY, (), kv_format)
+        engine = TorchEngine(StockModel(model.eval()), card, torch.device("cuda:0"))
         engine.bind(slab)
         logits = engine.logits([chunk(40, 0, 0), chunk(5, 20, 5, None), chunk(1, 33, 10), chunk(1, 0, 20)])
     assert (tuple(logits.shape), logits.dtype, str(logits.device)) == ((3, VOCABULARY), torch.float32, "cuda:0")

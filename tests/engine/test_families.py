@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from headway.core.sampling import Sampling
-from headway.engine.batched import plan_batched
 from headway.engine.contract import Chunk, Draw, Engine
 from headway.engine.load import ModelError, load_engine
+from headway.engine.plan_device import plan_device
 from tests.engine.drive import Driver
 from tests.engine.tiny import CONTEXT, FAMILIES, VOCABULARY, save_model, stock_model
 from tests.reference import check_equal, generate
@@ -74,7 +74,7 @@ def test_chunks_of_odd_sizes_mixed_with_decode(family: Family, sizes: tuple[int,
 def test_the_plan_for_devices_says_the_same(
     family: Family, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(family.engine, "_plan", plan_batched)
+    monkeypatch.setattr(family.engine, "_plan", plan_device)
     driver = family.driver()
     running = [driver.start(prompt, NEW) for prompt in family.prompts]
     assert check_equal(driver.run(running, NEW, itertools.cycle(sizes)), family.wanted) == []

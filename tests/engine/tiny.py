@@ -34,6 +34,10 @@ FAMILIES: dict[str, Any] = {
     "qwen3": lambda: transformers.Qwen3Config(**_SHAPE, num_key_value_heads=2, head_dim=32),
     "mistral": lambda: transformers.MistralConfig(**_SHAPE, num_key_value_heads=1, sliding_window=None, head_dim=16),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SHAPE, rotary_pct=0.25),
+    # Of Llama's parts, with multipliers between them.
+    "granite": lambda: transformers.GraniteConfig(
+        **_SHAPE, num_key_value_heads=2, embedding_multiplier=3.0, residual_multiplier=0.6, logits_scaling=0.5
+    ),
     "gemma": lambda: transformers.GemmaConfig(**_SHAPE, num_key_value_heads=1, head_dim=32),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 
 import pytest
 
@@ -59,6 +59,11 @@ class GatedEngine(SimulatedEngine):
         self.fails_on: int | None = None
         self.error: Exception = RuntimeError("cannot compute this")
         self.batches: list[list[int]] = []
+        # Named in a forward, and not forgotten since.
+        self.known: set[Hashable] = set()
+
+    def forget(self, sequence: Hashable) -> None:
+        self.known.discard(sequence)
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
         self.entered.release()
@@ -66,6 +71,7 @@ class GatedEngine(SimulatedEngine):
         if any(self.fails_on in chunk.tokens for chunk in chunks):
             raise self.error
         self.batches.append([len(chunk.tokens) for chunk in chunks])
+        self.known |= {chunk.sequence for chunk in chunks}
         return super().forward(chunks)
 
 
@@ -89,6 +95,8 @@ async def bench() -> AsyncIterator[Bench]:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     bench.loop.close()
+    # Whatever a test did: the engine keeps nothing of a sequence that is over.
+    assert bench.engine.known <= {active.sequence for active in bench.loop.actives}
 
 
 def sequence(prompt: Sequence[int], max_tokens: int = 40) -> Running:

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from headway.engine.contract import Chunk
-from headway.engine.pages import Pages, Plan, Span, causal_mask, checked_blocks
+from headway.engine.pages import KeyValue, Pages, Plan, Span, causal_mask, checked_blocks
 
 # Of sequences gathered at once, padded to the longest: one layer's K and V of so many tokens lie beside the slab.
 BATCH_TOKENS = 1 << 18
@@ -23,18 +23,20 @@ BATCH_TOKENS = 1 << 18
 Rows = npt.NDArray[np.int64]
 
 
-class Batch(NamedTuple):
+class Gathered(NamedTuple):
     """n sequences that decode. rows, lengths: int64 [n]; table: int64 [n, blocks], padded with any slot of the slab.
 
     `rows` are those of the pack; a sequence attends to its tokens [0, length).
     """
 
+    pages: Pages
     rows: torch.Tensor
     lengths: torch.Tensor
     table: torch.Tensor
 
-    def attend(self, pages: Pages, layer: int, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
-        """query [heads, rows of the pack, dim] → [n, heads, dim]."""
+    def attend(self, layer: int, query: torch.Tensor, new: KeyValue, scaling: float | None) -> torch.Tensor:
+        """See pages.Batch; `new` is read from the slab."""
+        pages = self.pages
         count, blocks = self.table.shape
         tokens = blocks * pages.block_size
         seen = torch.arange(tokens, device=query.device) < self.lengths[:, None]
@@ -45,14 +47,14 @@ class Batch(NamedTuple):
             for source in pages.layers[layer]
         )
         # The group of query heads that share a KV head takes the place of the rows: all see the whole sequence.
-        grouped = query.index_select(1, self.rows).transpose(0, 1).reshape(count, pages.heads, -1, pages.dim)
+        grouped = query.index_select(0, self.rows).reshape(count, pages.heads, -1, pages.dim)
         mask = seen[:, None, None, :]
         done = attend(grouped, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, scale=scaling)
         return done.reshape(count, -1, pages.dim)
 
 
-def plan_batched(pages: Pages, chunks: Sequence[Chunk], dtype: torch.dtype) -> Plan:
-    """As `plan_forward`; its vectors are still on the host (see `Plan.vectors`)."""
+def plan_device(pages: Pages, chunks: Sequence[Chunk]) -> Plan:
+    """As `plan_cpu`; its vectors are still on the host (see `vectors`)."""
     spans: list[Span] = []
     steps: list[tuple[int, int, Rows]] = []
     places: list[tuple[Rows, Rows]] = []
@@ -65,12 +67,27 @@ def plan_batched(pages: Pages, chunks: Sequence[Chunk], dtype: torch.dtype) -> P
         if count == 1:
             steps.append((row, length, blocks))
         else:
-            mask = causal_mask(count, chunk.position, dtype, pages.device) if chunk.position else None
+            mask = causal_mask(count, chunk.position, pages.dtype, pages.device) if chunk.position else None
             spans.append(Span(row, row + count, length, torch.from_numpy(blocks), mask))
         row += count
     slots, offsets = (torch.from_numpy(np.concatenate(part)) for part in zip(*places, strict=True))
-    batches = [_batch(group) for group in _groups(pages.block_size, steps)]
+    batches = [_batch(pages, group) for group in _groups(pages.block_size, steps)]
     return Plan(pages, spans, [], [], (torch.arange(row), slots, offsets), batches)
+
+
+def vectors(plan: Plan) -> list[torch.Tensor]:
+    """All int64 tensors of the plan, for `with_vectors`."""
+    of_batches = [vector for batch in plan.batches if isinstance(batch, Gathered) for vector in batch[1:]]
+    return [*plan.steps, *of_batches, *(span.blocks for span in plan.spans)]
+
+
+def with_vectors(plan: Plan, vectors: Sequence[torch.Tensor]) -> Plan:
+    """The same with these in their place, on a device."""
+    given = iter(vectors)
+    steps = (next(given), next(given), next(given))
+    batches = [Gathered(plan.pages, next(given), next(given), next(given)) for _ in plan.batches]
+    spans = [span._replace(blocks=next(given)) for span in plan.spans]
+    return plan._replace(steps=steps, batches=batches, spans=spans)
 
 
 def moved(vectors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
@@ -92,9 +109,9 @@ def _groups(block_size: int, steps: list[tuple[int, int, Rows]]) -> list[list[tu
     return groups
 
 
-def _batch(group: list[tuple[int, int, Rows]]) -> Batch:
+def _batch(pages: Pages, group: list[tuple[int, int, Rows]]) -> Gathered:
     table = np.zeros((len(group), len(group[0][2])), np.int64)
     for row, (_, _, blocks) in zip(table, group, strict=True):
         row[: len(blocks)] = blocks
     rows, lengths = (torch.tensor([step[part] for step in group]) for part in (0, 1))
-    return Batch(rows, lengths, torch.from_numpy(table))
+    return Gathered(pages, rows, lengths, torch.from_numpy(table))

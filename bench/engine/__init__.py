@@ -1,0 +1,1 @@
+"""The engine by itself, beside others on the same model."""

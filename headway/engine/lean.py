@@ -1,0 +1,149 @@
+"""Decoders of the common shape, computed from their own weights without the modules around them.
+
+The shape: token embeddings; layers of RMS norm, attention with rotary positions over one projection each of Q, K, V and
+output (Q and K normed by head or not), RMS norm, gated MLP; RMS norm, output projection. Llama, Mistral, Qwen 2 and 3
+and others have it. transformers' modules cost about 10 ms a forward beside what they compute; this does not. What a
+model has beside the shape (multipliers, other norms) is found out by engine.proof, and served by its own modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import rms_norm, silu
+
+from headway.engine.attention import attend
+from headway.engine.linear import take_linear
+from headway.engine.pages import Plan
+
+_BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """x / rms(x) · weight, over the last axis."""
+
+    weight: torch.Tensor
+    epsilon: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer; qkv and gate_up are what the model has as separate projections, side by side."""
+
+    before_attention: Norm
+    qkv: nn.Module
+    q_norm: Norm | None
+    k_norm: Norm | None
+    out: nn.Module
+    before_mlp: Norm
+    gate_up: nn.Module
+    down: nn.Module
+    scaling: float
+
+
+class LeanDecoder:
+    """See the module; `read_decoder` makes it."""
+
+    def __init__(
+        self, embed: torch.Tensor, layers: list[Layer], norm: Norm, head: nn.Module, rotary: nn.Module
+    ) -> None:
+        self._embed, self._layers, self._norm, self._head, self._rotary = embed, layers, norm, head, rotary
+
+    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """ids, positions: int64 [rows]. → logits [len(last), vocabulary] after the rows `last`."""
+        pages = plan.pages
+        x = self._embed[ids]
+        cos, sin = _angles(self._rotary, x, positions)
+        for at, layer in enumerate(self._layers):
+            qkv = layer.qkv(layer.before_attention(x)).view(len(x), -1, pages.dim)
+            heads = qkv.shape[1] - 2 * pages.heads
+            turned, value = qkv[:, : heads + pages.heads], qkv[:, heads + pages.heads :]
+            if layer.q_norm is not None and layer.k_norm is not None:
+                turned = torch.cat([layer.q_norm(turned[:, :heads]), layer.k_norm(turned[:, heads:])], 1)
+            turned = torch.addcmul(turned * cos, turned.roll(pages.dim // 2, -1), sin)
+            seen = attend(plan, at, turned[:, :heads], turned[:, heads:], value, layer.scaling)
+            x = x + layer.out(seen.view(len(x), -1))
+            gate, up = layer.gate_up(layer.before_mlp(x)).chunk(2, -1)
+            x += layer.down(silu(gate).mul_(up))
+        logits: torch.Tensor = self._head(self._norm(x[last]))
+        return logits
+
+
+def read_decoder(model: Any) -> LeanDecoder | None:
+    """The same model, or None where it is not of this shape. `model` has no weights any more after that."""
+    base = getattr(model, "model", None)
+    if base is None or _children(model) != {"model", "lm_head"} or _children(base) != _BASE:
+        return None
+    norm = _norm(base.norm)
+    if norm is None or not all(_fits(layer) for layer in base.layers):
+        return None
+    found = [_layer(layer) for layer in base.layers]
+    embed = base.embed_tokens.weight
+    return LeanDecoder(embed, found, norm, take_linear(model.lm_head), base.rotary_emb)
+
+
+def _fits(layer: Any) -> bool:
+    """Whether it has the parts of a Layer and no others."""
+    if _children(layer) != _LAYER or _children(layer.mlp) != _MLP:
+        return False
+    attention, inside = layer.self_attn, _children(layer.self_attn)
+    norms = [_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)]
+    if inside == _ATTENTION | _HEAD_NORMS:
+        norms += [by_head := _norm(attention.q_norm), _norm(attention.k_norm)]
+        if by_head is None or by_head.weight.shape != (attention.head_dim,):
+            return False
+    elif inside != _ATTENTION:
+        return False
+    gated_by_silu = isinstance(layer.mlp.act_fn, nn.SiLU) or type(layer.mlp.act_fn).__name__ == "SiLUActivation"
+    return None not in norms and gated_by_silu
+
+
+def _layer(layer: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        before_attention=_found(layer.input_layernorm),
+        qkv=take_linear(attention.q_proj, attention.k_proj, attention.v_proj),
+        q_norm=_norm(getattr(attention, "q_norm", None)),
+        k_norm=_norm(getattr(attention, "k_norm", None)),
+        out=take_linear(attention.o_proj),
+        before_mlp=_found(layer.post_attention_layernorm),
+        gate_up=take_linear(mlp.gate_proj, mlp.up_proj),
+        down=take_linear(mlp.down_proj),
+        scaling=attention.scaling,
+    )
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _found(module: Any) -> Norm:
+    norm = _norm(module)
+    assert norm is not None
+    return norm
+
+
+def _norm(module: Any) -> Norm | None:
+    """An RMS norm as Llama's, by what it has."""
+    epsilon = getattr(module, "variance_epsilon", None)
+    weight = getattr(module, "weight", None)
+    return None if epsilon is None or weight is None else Norm(weight, epsilon)
+
+
+def _angles(rotary: nn.Module, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each [rows, 1, dim]; sin with the sign that the rotated half takes."""
+    cos, sin = rotary(x[None], positions[None])
+    half = sin.shape[-1] // 2
+    signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+    return cos[0][:, None], signed[:, None]

@@ -1,0 +1,70 @@
+"""The plan of one forward on a CPU: chunks attend one by one, sequences that decode together, over working copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headway.engine.contract import Chunk
+from headway.engine.pages import Pages, Piece, Plan, Run, Span, causal_mask, checked_blocks
+from headway.engine.working import Copies, Step, shelved
+
+
+def plan_cpu(pages: Pages, chunks: Sequence[Chunk], copies: Copies) -> Plan:
+    """Where each row's K and V go and what it may see; made once a forward, used by every layer.
+
+    Single tokens of sequences that have a name attend to working copies. Raises ValueError where a chunk is empty or
+    its block table too short or outside the slab.
+    """
+    spans: list[Span] = []
+    runs: list[Run] = []
+    pieces: list[Piece] = []
+    steps: list[tuple[int, int, int]] = []
+    copied: list[Step] = []
+    row = 0
+    copies.clean()
+    for chunk in chunks:
+        count, position = len(chunk.tokens), chunk.position
+        blocks = checked_blocks(pages, chunk)
+        if count == 1:
+            steps.append((row, int(blocks[-1]), position % pages.block_size))
+        else:
+            _split(pages.block_size, row, position, count, blocks, runs, pieces)
+        table = torch.from_numpy(blocks)
+        step = copies.step(chunk.sequence, row, position, table) if count == 1 else None
+        if step is not None:
+            copied.append(step)
+        else:
+            mask = causal_mask(count, position, pages.dtype, pages.device) if count > 1 and position > 0 else None
+            spans.append(Span(row, row + count, position + count, table, mask))
+        row += count
+    columns = torch.tensor(steps, dtype=torch.int64).view(-1, 3)
+    return Plan(pages, spans, runs, pieces, (columns[:, 0], columns[:, 1], columns[:, 2]), shelved(copied))
+
+
+def _split(
+    size: int,
+    row: int,
+    position: int,
+    count: int,
+    blocks: npt.NDArray[np.int64],
+    runs: list[Run],
+    pieces: list[Piece],
+) -> None:
+    """Cut a chunk at block borders; whole blocks in consecutive slots become one run."""
+    end = row + count
+    first = row - position  # the row at which the sequence's token 0 would lie
+    while row < end:
+        block, offset = divmod(row - first, size)
+        slot = int(blocks[block])
+        stop = min(end, row + size - offset)
+        if stop - row < size:
+            pieces.append(Piece(row, stop, slot, offset))
+        elif runs and runs[-1].stop == row and runs[-1].slot + (row - runs[-1].start) // size == slot:
+            runs[-1] = Run(runs[-1].start, stop, runs[-1].slot)
+        else:
+            runs.append(Run(row, stop, slot))
+        row = stop

@@ -1,0 +1,88 @@
+"""Which models are computed without their modules, and that packed weights are only used where they work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM
+
+from headway.engine import linear as linears
+from headway.engine.lean import LeanDecoder, read_decoder
+from headway.engine.linear import PackedLinear, PlainLinear, pack_linears, take_linear
+from headway.engine.load import load_engine
+from headway.engine.model import TorchEngine
+from headway.engine.quiet import quiet
+from headway.engine.stock import StockModel
+from tests.engine.tiny import FAMILIES, save_model
+
+OF_THE_SHAPE = {"llama", "qwen2", "qwen3", "mistral"}
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_models_of_the_common_shape_are_computed_lean_and_others_by_their_modules(name: str, tmp_path: Path) -> None:
+    engine = load_engine(str(save_model(tmp_path / name, FAMILIES[name]())))
+    assert isinstance(engine, TorchEngine)
+    assert type(engine._model) is (LeanDecoder if name in OF_THE_SHAPE else StockModel)
+
+
+def layer(bias: bool = True, outputs: int = 24) -> torch.nn.Linear:
+    torch.manual_seed(outputs)
+    return torch.nn.Linear(40, outputs, bias=bias)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@torch.inference_mode()
+def test_layers_side_by_side_are_the_layers_one_after_the_other(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "_packs", packs and linears.packs())
+    parts = [layer(), layer(bias=False, outputs=8)]
+    for rows in (1, 7, 200):
+        x = torch.randn(rows, 40)
+        expected = torch.cat([part(x) for part in parts], -1)
+        joined = take_linear(*(layer(part.bias is not None, part.out_features) for part in parts))
+        assert type(joined) is (PackedLinear if linears.packs() else PlainLinear)
+        torch.testing.assert_close(joined(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_weights_that_are_missing_or_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "_packs", None)
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: linear(x, x.new_ones(96, 64)))
+    assert not linears.packs()
+    monkeypatch.setattr(linears, "_packs", None)
+
+    def missing(self: object, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
+
+    monkeypatch.setattr(PackedLinear, "__init__", missing)
+    assert not linears.packs()
+    assert isinstance(take_linear(layer()), PlainLinear)
+
+
+@torch.inference_mode()
+def test_every_linear_of_a_model_is_replaced() -> None:
+    model = torch.nn.Sequential(layer(), torch.nn.Sequential(layer(outputs=40), torch.nn.ReLU()))
+    pack_linears(model)
+    assert not any(type(module) is torch.nn.Linear for module in model.modules())
+    assert model[0](torch.randn(3, 40)).shape == (3, 24)
+
+
+@torch.inference_mode()
+def test_a_lean_decoder_that_computes_something_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(save_model(tmp_path / "llama", FAMILIES["llama"]()))
+    monkeypatch.setattr("headway.engine.lean.silu", torch.nn.functional.relu)
+    engine = load_engine(folder)
+    assert isinstance(engine, TorchEngine)
+    assert type(engine._model) is StockModel
+
+
+def test_weights_are_kept_once(tmp_path: Path) -> None:
+    """Those of the model's own modules go as they are packed."""
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(str(save_model(tmp_path / "qwen2", FAMILIES["qwen2"]())))
+    assert read_decoder(model) is not None
+    left = {name for name, _ in model.named_parameters()}
+    assert not [name for name in left if name.endswith(("proj.weight", "lm_head.weight"))]
