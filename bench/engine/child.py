@@ -57,7 +57,7 @@ class Headway(Subject):
         tables = self._tables[: len(prompts)]
         tokens = [self._forward(prompt, 0, table) for prompt, table in zip(prompts, tables, strict=True)]
         position = len(prompts[0])
-        for number in range(len(tables)):
+        for number in range(len(self._tables)):
             self._engine.forget((self._batches, number))
         self._batches += 1
         name = self._batches

@@ -1,7 +1,7 @@
 """What every engine is: chunks of sequences in, drawn tokens out, K and V in the slab.
 
-An engine keeps no state of sequences: whatever it must know comes with each chunk, and K and V live in the slab. So a
-sequence can go on in any worker that maps the slab.
+An engine needs no state of sequences: whatever it must know comes with each chunk, and K and V live in the slab. So a
+sequence can go on in any worker that maps the slab. What it keeps beside (a copy of K and V) it makes from the slab.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class Engine(Protocol):
         """Memory like a slab's, uint8 [slots, stride], to measure forwards in before there is a slab."""
 
     def forget(self, sequence: Hashable) -> None:
-        """The sequence of this name goes on elsewhere, or nowhere. From any thread; an unknown one is ignored."""
+        """The sequence of this name goes on elsewhere, from its start, or nowhere. From any thread; an unknown one is
+        ignored.
+        """
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
         """Compute all chunks in one pass, write their K and V, and draw where asked; one entry a chunk, in order.

@@ -86,7 +86,7 @@ def read_decoder(model: Any) -> LeanDecoder | None:
     if base is None or _children(model) != {"model", "lm_head"} or _children(base) != _BASE:
         return None
     norm = _norm(base.norm)
-    if norm is None or not all(_fits(layer) for layer in base.layers):
+    if norm is None or type(model.lm_head) is not nn.Linear or not all(_fits(layer) for layer in base.layers):
         return None
     found = [_layer(layer) for layer in base.layers]
     embed = base.embed_tokens.weight
@@ -98,12 +98,18 @@ def _fits(layer: Any) -> bool:
     if _children(layer) != _LAYER or _children(layer.mlp) != _MLP:
         return False
     attention, inside = layer.self_attn, _children(layer.self_attn)
+    if not hasattr(attention, "scaling") or not hasattr(attention, "head_dim"):
+        return False
     norms = [_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)]
     if inside == _ATTENTION | _HEAD_NORMS:
         norms += [by_head := _norm(attention.q_norm), _norm(attention.k_norm)]
         if by_head is None or by_head.weight.shape != (attention.head_dim,):
             return False
     elif inside != _ATTENTION:
+        return False
+    linears = [getattr(attention, name) for name in sorted(_ATTENTION)]
+    linears += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
+    if not all(type(module) is nn.Linear for module in linears) or not isinstance(attention.scaling, float):
         return False
     gated_by_silu = isinstance(layer.mlp.act_fn, nn.SiLU) or type(layer.mlp.act_fn).__name__ == "SiLUActivation"
     return None not in norms and gated_by_silu

@@ -51,21 +51,27 @@ def load_engine(
     card = _card(folder, config, dtype, block_size)
     model = _moved(_load_weights(folder, config, dtype), device)
     expected, kind = expected_logits(model, card), config.model_type
-    decoder = read_decoder(model)
-    if decoder is not None:
+    if (decoder := read_decoder(model)) is not None:
         engine = TorchEngine(decoder, card, torch.device(device))
-        try:
-            prove(engine, expected, kind)
+        if _proven(engine, expected, kind):
             return engine
-        except ModelError as error:
-            # Something beside the common shape, so its own modules; the weights went into the decoder.
-            log.info("event=stock_modules type=%s reason=%s", kind, error)
-            del decoder, engine
-            model = _moved(_load_weights(folder, config, dtype), device)
-    pack_linears(model)
+        # Something beside the common shape, so its own modules. The weights went into the decoder, which goes first.
+        del model, decoder, engine
+        model = _moved(_load_weights(folder, config, dtype), device)
+    if device == "cpu" and dtype == "float32":
+        pack_linears(model)
     engine = TorchEngine(StockModel(model), card, torch.device(device))
     prove(engine, expected, kind)
     return engine
+
+
+def _proven(engine: TorchEngine, expected: torch.Tensor, kind: str) -> bool:
+    try:
+        prove(engine, expected, kind)
+    except ModelError as error:
+        log.info("event=stock_modules type=%s reason=%s", kind, error)
+        return False
+    return True
 
 
 def read_model_config(folder: Path) -> Any:

@@ -71,8 +71,11 @@ class TorchEngine:
             if self.device.type != "cpu":
                 # No event crosses processes: whoever hears of these blocks may read them at once.
                 torch.cuda.current_stream(self.device).synchronize()
-        except RuntimeError as error:
-            if self.device.type != "cpu":
+        except Exception as error:
+            for chunk in chunks:
+                # Its copy may lack what this forward was to put there.
+                self.forget(chunk.sequence)
+            if self.device.type != "cpu" and isinstance(error, RuntimeError):
                 _check_works(self.device, error)
             raise
         results = [None if chunk.draw is None else next(drawn) for chunk in chunks]

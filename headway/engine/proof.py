@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from headway.core.model import ModelCard
@@ -18,6 +19,8 @@ from headway.engine.quiet import quiet
 # Root mean square of the difference, in standard deviations of the logits; unrelated logits give about 1.4.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
 _TOKENS = 40
+
+Table = npt.NDArray[np.int32]
 
 
 def prove(engine: TorchEngine, expected: torch.Tensor, kind: str) -> None:
@@ -69,7 +72,7 @@ def _stock(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def _paged(engine: TorchEngine, ids: list[int]) -> torch.Tensor:
-    """The same rows over a slab of NaN: in chunks, two of them beside a second sequence, and at last in one piece."""
+    """The same rows over a slab of NaN: in chunks, steps, beside a second sequence, and at last in one piece."""
     kv_format = engine.card.kv_format
     blocks = -(-len(ids) // kv_format.block_size)
     engine.bind(torch.full((2 * blocks, kv_format.slot_bytes), 0xFF, dtype=torch.uint8, device=engine.device))
@@ -79,9 +82,18 @@ def _paged(engine: TorchEngine, ids: list[int]) -> torch.Tensor:
     half = len(ids) // 2
     rows = [
         engine.logits([Chunk(ids[1:half], 0, theirs, None), Chunk(ids[:1], 0, ours, draw)]),
-        engine.logits([Chunk(ids[1:2], 1, ours, draw, "ours"), Chunk(ids[:2], half - 1, theirs, None)]),
-        engine.logits([Chunk(ids[2:half], 2, ours, draw)]),
+        engine.logits([Chunk(ids[1:2], 1, ours, draw), Chunk(ids[:2], half - 1, theirs, None)]),
+        _stepped(engine, ids, (ours, theirs), draw),
         engine.logits([Chunk(ids[half:], half, ours, draw)]),
         engine.logits([Chunk(ids, 0, ours, draw)]),
     ]
     return torch.cat(rows)
+
+
+def _stepped(engine: TorchEngine, ids: list[int], tables: tuple[Table, Table], draw: Draw) -> torch.Tensor:
+    """Ours from its third token to the middle, the last two as steps of a sequence with a name, beside theirs."""
+    (ours, theirs), half = tables, len(ids) // 2
+    engine.logits([Chunk(ids[2 : half - 2], 2, ours, draw)])
+    engine.logits([Chunk(ids[half - 2 : half - 1], half - 2, ours, draw, 0), Chunk(ids[:1], half + 1, theirs, draw, 1)])
+    both = [Chunk(ids[:1], half + 2, theirs, None, 1), Chunk(ids[half - 1 : half], half - 1, ours, draw, 0)]
+    return engine.logits(both)

@@ -7,12 +7,12 @@ which takes about as long as attention over the slab takes in one step; without 
 from __future__ import annotations
 
 import math
+import mmap
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -66,7 +66,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Copies:
-    """Of one slab; with `most_tokens` in memory, no more are made."""
+    """Of one slab; where `most_tokens` are in memory, no more are made, though those that are there still grow."""
 
     pages: Pages
     most_tokens: int
@@ -125,8 +125,11 @@ class Copies:
             shelf = Shelf(self.pages, room)
             self._shelves.append(shelf)
         row = shelf.free[-1]
-        if sum(sum(shelf.used) for shelf in self._shelves) + max(0, tokens - shelf.used[row]) > self.most_tokens:
-            return None
+        more = max(0, tokens - shelf.used[row])
+        if more and sum(sum(other.used) for other in self._shelves) + more > self.most_tokens:
+            self._shelves = [other for other in self._shelves if other is shelf or not other.idle]
+            if sum(sum(other.used) for other in self._shelves) + more > self.most_tokens:
+                return None
         return Copy(shelf, shelf.free.pop(), 0)
 
     def _fill(self, copy: Copy, tokens: int, blocks: torch.Tensor) -> None:
@@ -141,56 +144,58 @@ class Copies:
 
 
 class Batch(NamedTuple):
-    """Sequences of one shelf that take a step. rows: int64 [n], of the pack; places, positions: int64 [n], where their
-    new tokens go. given: int64 [top], the row of the pack for each row of the shelf up to the topmost (any for those
-    that take no step). mask: [top, 1, 1, longest], 0 or −inf; None where all see all.
+    """Sequences in consecutive rows of a shelf, from `first` on, that take a step. rows: int64 [n], of the pack; each:
+    int64 [n], 0 to n − 1; positions: int64 [n], where their new tokens go. mask: [n, 1, 1, longest], 0 or −inf; None
+    where all see all.
     """
 
     shelf: Shelf
+    first: int
     rows: torch.Tensor
-    places: torch.Tensor
+    each: torch.Tensor
     positions: torch.Tensor
-    given: torch.Tensor
     longest: int
     mask: torch.Tensor | None
 
     def attend(self, layer: int, query: torch.Tensor, new: KeyValue, scaling: float | None) -> torch.Tensor:
         """See pages.Batch."""
-        top, kv_heads, dim = len(self.given), new[0].shape[1], query.shape[2]
-        copies = self.shelf.keys[layer], self.shelf.values[layer]
-        for part, copied in zip(new, copies, strict=True):
-            copied[self.places, :, self.positions] = part[self.rows]
-        keys, values = (copied[:top, :, : self.longest] for copied in copies)
-        grouped = query[self.given].view(top, kv_heads, -1, dim)
+        count = len(self.rows)
+        seen = []
+        for part, shelf in zip(new, (self.shelf.keys, self.shelf.values), strict=True):
+            copies = shelf[layer, self.first : self.first + count]
+            copies[self.each, :, self.positions] = part[self.rows]
+            seen.append(copies[:, :, : self.longest])
+        keys, values = seen
+        grouped = query[self.rows].view(count, keys.shape[1], -1, query.shape[2])
         done = scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask, scale=scaling)
-        return done.view(top, -1, dim)[self.places]
+        return done.reshape(count, -1, query.shape[2])
 
 
 def shelved(steps: Sequence[Step]) -> list[Batch]:
-    """One for each shelf."""
-    by_shelf: dict[int, list[Step]] = {}
-    for step in steps:
-        by_shelf.setdefault(id(step.copy.shelf), []).append(step)
-    return [_batch(group) for group in by_shelf.values()]
-
-
-def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that lie nowhere yet; torch would write them."""
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    """One for each run of consecutive rows of a shelf."""
+    runs: list[list[Step]] = []
+    for step in sorted(steps, key=lambda step: (id(step.copy.shelf), step.copy.row)):
+        before = runs[-1][-1].copy if runs else None
+        if before and before.shelf is step.copy.shelf and before.row + 1 == step.copy.row:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return [_batch(run) for run in runs]
 
 
 def _batch(steps: list[Step]) -> Batch:
-    shelf = steps[0].copy.shelf
-    top = max(step.copy.row for step in steps) + 1
-    longest = max(step.length for step in steps)
-    # One token each of those that take no step: attention to nothing is NaN.
-    given, lengths = [steps[0].row] * top, [1] * top
-    for step in steps:
-        given[step.copy.row], lengths[step.copy.row] = step.row, step.length
-    mask = None
+    first = steps[0].copy
+    lengths = [step.length for step in steps]
+    longest, mask = max(lengths), None
     if min(lengths) < longest:
+        shape = (len(steps), 1, 1, longest)
         unseen = torch.arange(longest) >= torch.tensor(lengths)[:, None]
-        shape = (top, 1, 1, longest)
-        mask = torch.zeros(shape, dtype=shelf.keys.dtype).masked_fill_(unseen.view(shape), -torch.inf)
-    columns = torch.tensor([(step.row, step.copy.row, step.length - 1) for step in steps]).T
-    return Batch(shelf, columns[0], columns[1], columns[2], torch.tensor(given), longest, mask)
+        mask = torch.zeros(shape, dtype=first.shelf.keys.dtype).masked_fill_(unseen.view(shape), -torch.inf)
+    rows = torch.tensor([step.row for step in steps])
+    positions = torch.tensor(lengths) - 1
+    return Batch(first.shelf, first.row, rows, torch.arange(len(steps)), positions, longest, mask)
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that lie nowhere yet. torch would write them, NumPy ask for pages of 2 MiB."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)

@@ -233,7 +233,7 @@ class DecodeTokens(_message.Message):
     cached_tokens: _builtins.int
     computed_tokens: _builtins.int
     working_copy_bytes: _builtins.int
-    """KV bytes that the engine copied for these tokens' step; once for a sequence, and again when it outgrows its copy."""
+    """KV bytes that the engine copied for these tokens' step; at a sequence's first step here, and when it outgrows its copy."""
     pulled_bytes: _builtins.int
     """On the first message: KV bytes that came from another node."""
     @_builtins.property

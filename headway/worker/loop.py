@@ -99,7 +99,7 @@ class EngineLoop:
         if active.stepping:
             active.interrupt = active.interrupt or Interrupt.RECLAIM
         else:
-            self.leases.restart(active)
+            self._restart(active)
 
     # ------------------------------------------------------------------ commands
 
@@ -225,7 +225,8 @@ class EngineLoop:
                 self.leases.offer_to_joiner(active)
             tokens = item.sequence.tokens[item.start : item.start + item.count]
             draw = active.draw() if item.draws else None
-            chunks.append(Chunk(tokens, item.start, active.slots, draw, item.sequence))
+            named = item.sequence if item.sequence.decoding else None
+            chunks.append(Chunk(tokens, item.start, active.slots, draw, named))
         return chunks
 
     def _apply(self, work: list[Work[Sequence]], results: list[Result]) -> None:
@@ -279,7 +280,12 @@ class EngineLoop:
         if interrupt is Interrupt.CANCEL:
             self._end(active)
         else:
-            self.leases.restart(active)
+            self._restart(active)
+
+    def _restart(self, active: Active) -> None:
+        """Its slots go back, and what the engine keeps of it."""
+        self._engine.forget(active.sequence)
+        self.leases.restart(active)
 
     # ------------------------------------------------------------------ ends
 

@@ -46,19 +46,19 @@ def measure(engine: Engine, timing: Timing, seconds: float) -> None:
     def step(sequence: int, context: int) -> Chunk:
         return Chunk([1], context, table[sequence], Draw(Sampling(), 1), sequence)
 
-    work = [ForwardWork([prompt]) for prompt in PROMPTS if sum(prompt) < card.context_tokens]
+    work = [ForwardWork([lengths]) for lengths in PROMPTS if sum(lengths) < card.context_tokens]
     # In turns, so that both are known when the time is over soon.
-    steps = [ForwardWork((), n, n * context) for n, context in STEPS if context < card.context_tokens]
+    steps = [ForwardWork((), n, n * context) for n, context in STEPS if context + 1 < card.context_tokens]
     jobs = [job for pair in zip(work, steps, strict=False) for job in pair]
     first = True
     for job in jobs * REPEATS:
         if job.prompts:
-            chunks = [prompt(at, new, cached) for at, (new, cached) in enumerate(job.prompts)]
+            chunks = [prompt(at, *lengths) for at, lengths in enumerate(job.prompts)]
         else:
             context = job.kv_tokens // job.batch
             # A sequence's first step is not like the others: what the engine keeps beside the slab is made in it.
-            engine.forward([step(at, context - 1) for at in range(job.batch)])
-            chunks = [step(at, context) for at in range(job.batch)]
+            engine.forward([step(at, context) for at in range(job.batch)])
+            chunks = [step(at, context + 1) for at in range(job.batch)]
         if first:
             engine.forward(chunks)
             first = False

@@ -13,7 +13,7 @@ from headway.core.sampling import Sampling
 from headway.engine.contract import Chunk, Draw, Drawn, Engine, SlabArray
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A sequence: prompt and outputs so far, of which `computed` tokens have K and V in the slab."""
 
@@ -71,7 +71,7 @@ class Driver:
             tokens = at.tokens[at.computed : at.computed + limit]
             last = at.computed + len(tokens) == len(at.tokens)
             draw = Draw(at.sampling, len(at.outputs), 0, tuple(at.tokens), at.prompt_tokens) if last else None
-            chunks.append(Chunk(tokens, at.computed, at.table, draw, id(at)))
+            chunks.append(Chunk(tokens, at.computed, at.table, draw, at))
         self.drawn = self.engine.forward(chunks)
         for at, chunk, drawn in zip(running, chunks, self.drawn, strict=True):
             at.computed += len(chunk.tokens)

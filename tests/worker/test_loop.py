@@ -71,7 +71,7 @@ class GatedEngine(SimulatedEngine):
         if any(self.fails_on in chunk.tokens for chunk in chunks):
             raise self.error
         self.batches.append([len(chunk.tokens) for chunk in chunks])
-        self.known |= {chunk.sequence for chunk in chunks}
+        self.known |= {chunk.sequence for chunk in chunks if chunk.sequence is not None}
         return super().forward(chunks)
 
 
