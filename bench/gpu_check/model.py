@@ -61,17 +61,15 @@ def engine_of(model: Any, sizes: Sizes, dtype: str, mapping: DeviceMapping) -> E
     """Proven, as at every load, and bound to the slab, which is zeroed."""
     import torch
 
-    from headway.engine.lean import read_decoder
     from headway.engine.model import TorchEngine
     from headway.engine.proof import expected_logits, prove
+    from headway.engine.stock import StockModel
 
     kv_format, shape = format_of(sizes, dtype), sizes.shape
     context, vocabulary = shape["max_position_embeddings"], shape["vocab_size"]
     card = ModelCard("random", bytes(16), context, vocabulary, (), kv_format)
     expected = expected_logits(model, card)
-    decoder = read_decoder(model)
-    assert decoder is not None
-    engine = TorchEngine(decoder, card, model.device)
+    engine = TorchEngine(StockModel(model), card, model.device)
     prove(engine, expected, model.config.model_type)
     stride = slot_stride(kv_format.slot_bytes)
     view = mapping.view(mapping.size // stride, stride)
