@@ -23,10 +23,11 @@ from typing import Any
 
 from bench.policies_table import HEADS, reproduced
 from bench.report import RESULTS, finish, mark, progress
-from headway.sim.fleet import Outcome, Scenario, SimFleet
+from headway.sim.fleet import SimFleet
 from headway.sim.hardware import STUDY
 from headway.sim.policies import entries
 from headway.sim.report import draw
+from headway.sim.scenario import Outcome, Scenario
 from headway.sim.summary import Summary, clairvoyant_s, percentile, summarise
 from headway.sim.trace import Trace, read_trace
 

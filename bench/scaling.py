@@ -26,9 +26,9 @@ from headway.core.step import StepLimits
 from headway.fleet import Fleet
 from headway.replay.drive import Replay, Seen
 from headway.replay.live import During, Live
-from headway.sim.fleet import Scenario
 from headway.sim.hardware import Linear
 from headway.sim.policies import entries
+from headway.sim.scenario import Scenario
 from headway.sim.summary import percentile
 from headway.sim.trace import Trace
 from headway.sim.workload import Workload, make_trace

@@ -35,7 +35,7 @@ class Subject(ABC):
 
 
 class Headway(Subject):
-    """Ours, in a slab of its own. `weights` as `load_engine` takes them."""
+    """Ours, in a slab of its own, its blocks in no order."""
 
     def __init__(self, folder: str, threads: int) -> None:
         from headway.core.sampling import Sampling

@@ -14,9 +14,10 @@ from headway.core.step import StepLimits
 from headway.replay.drive import Seen
 from headway.replay.live import Live, replay
 from headway.replay.seen import gaps, ttfts
-from headway.sim.fleet import Outcome, Scenario, SimFleet
+from headway.sim.fleet import SimFleet
 from headway.sim.hardware import STUDY, Linear
 from headway.sim.policies import Entry, entries
+from headway.sim.scenario import Outcome, Scenario
 from headway.sim.summary import percentile
 from headway.sim.trace import Trace, TraceRequest, read_trace
 

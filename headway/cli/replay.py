@@ -15,10 +15,11 @@ from headway.cli.simulate import load_trace, make_objective, make_policies, make
 from headway.fleet import FleetError
 from headway.replay.live import Live, replay
 from headway.replay.seen import SUMMARY_HEADS, live_row, simulated_row
-from headway.sim.fleet import Scenario, SimFleet
+from headway.sim.fleet import SimFleet
 from headway.sim.objective import Objective
 from headway.sim.policies import Entry
 from headway.sim.presets import HardwareError
+from headway.sim.scenario import Scenario
 from headway.sim.trace import Trace, TraceError
 
 

@@ -15,11 +15,12 @@ from tqdm import tqdm
 from headway.cli.show import table
 from headway.core.order import Order
 from headway.core.step import StepLimits
-from headway.sim.fleet import WHOLE, Outcome, Scenario, SimFleet
+from headway.sim.fleet import SimFleet
 from headway.sim.objective import Objective
 from headway.sim.policies import Entry, entries
 from headway.sim.presets import HardwareError, hardware
 from headway.sim.report import HEADS, draw, table_rows, write_csv, write_json
+from headway.sim.scenario import WHOLE, Outcome, Scenario
 from headway.sim.summary import Summary, summarise
 from headway.sim.trace import Trace, TraceError, read_trace
 from headway.sim.workload import WORKLOADS, make_trace, scaled

@@ -12,8 +12,8 @@ from pathlib import Path
 from headway.client.request import Options
 from headway.fleet import Fleet, FleetSpec
 from headway.replay.drive import Replay, Seen
-from headway.sim.fleet import Scenario
 from headway.sim.policies import Entry
+from headway.sim.scenario import Scenario
 from headway.sim.trace import Trace, TraceRequest
 
 # Tokens of a block, and bytes of a slot, of the simulated engine's KV.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from headway.replay.drive import Seen
-from headway.sim.fleet import Outcome
 from headway.sim.hardware import Hardware
 from headway.sim.objective import Objective
+from headway.sim.scenario import Outcome
 from headway.sim.summary import percentile, summarise
 
 SUMMARY_HEADS = ["policy", "", "mean", "p50", "p90", "p99", "ITL p50", "ITL p99", "hit", "in SLO", "failed"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headway.sim.fleet import Outcome
+from headway.sim.scenario import Outcome
 from headway.sim.summary import Summary, waiting_over_time
 
 HEADS = ["policy", "mean", "p50", "p90", "p99", "ITL p99", "hit", "in SLO", "load", "refused"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headway.sim.fleet import Outcome
 from headway.sim.hardware import Hardware
 from headway.sim.objective import Objective
+from headway.sim.scenario import Outcome
 from headway.sim.sequence import SimSequence
 from headway.sim.trace import Trace, TraceRequest
 

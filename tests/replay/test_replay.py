@@ -9,10 +9,11 @@ from headway.core.step import StepLimits
 from headway.replay.live import Live, replay
 from headway.replay.prompts import Prompts
 from headway.replay.seen import SUMMARY_HEADS, live_row, simulated_row
-from headway.sim.fleet import Scenario, SimFleet
+from headway.sim.fleet import SimFleet
 from headway.sim.hardware import Linear
 from headway.sim.objective import Objective
 from headway.sim.policies import entries
+from headway.sim.scenario import Scenario
 from headway.sim.trace import Trace, TraceRequest
 
 KEYS = [bytes([at]) * 16 for at in range(8)]

@@ -14,11 +14,12 @@ from headway.core.order import Order, Rule
 from headway.core.policy import Candidate
 from headway.core.predict import Predictor
 from headway.core.step import StepLimits
-from headway.sim.fleet import Outcome, Scenario, SimFleet
+from headway.sim.fleet import SimFleet
 from headway.sim.hardware import Linear
 from headway.sim.objective import Objective
 from headway.sim.policies import entries
 from headway.sim.presets import STUDY
+from headway.sim.scenario import Outcome, Scenario
 from headway.sim.summary import clairvoyant_s, summarise, waiting_over_time
 from headway.sim.trace import Trace, TraceRequest
 from headway.sim.workload import Workload, make_trace
