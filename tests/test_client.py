@@ -45,10 +45,12 @@ def test_every_kind_of_prompt_and_option_arrives() -> None:
     router = FakeRouter()
     with serve(router) as address, Client(address) as client:
         client.generate("text", temperature=0.5, seed=7, logit_bias={3: 1.0}, stop_strings=["END"], max_tokens=9)
+        client.generate("text", bad_words=[[4, 5], [6]])
         client.generate([1, 2, 3], decode_worker="d0", force_apart=True, deadline_s=5.0)
         client.generate([{"role": "user", "content": "hi"}, ("assistant", "yes")])
         client.generate(b"\xff")
-    text, tokens, chat, raw = router.requests
+    text, phrases, tokens, chat, raw = router.requests
+    assert [list(phrase.token_ids) for phrase in phrases.sampling.bad_words] == [[4, 5], [6]]
     assert (text.text, text.sampling.temperature, text.sampling.seed, text.max_tokens) == (b"text", 0.5, 7, 9)
     assert dict(text.sampling.logit_bias) == {3: 1.0}
     assert list(text.stop_strings) == ["END"]

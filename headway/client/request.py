@@ -18,7 +18,7 @@ Prompt = str | bytes | Sequence[int] | Sequence[Message]
 
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "logit_bias",
+    "logit_bias", "bad_words",
 )  # fmt: skip
 PLACEMENT = ("prefill_worker", "decode_worker", "force_apart")
 
@@ -42,6 +42,7 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     seed: int
     logit_bias: Mapping[int, float]
+    bad_words: Sequence[Sequence[int]]
     priority: int
     deadline_s: float
     ttft_objective_s: float
@@ -59,6 +60,8 @@ def build_request(prompt: Prompt, options: Options) -> router_pb2.GenerateReques
     """Raises HeadwayClientError (INVALID_ARGUMENT) on what no GenerateRequest can hold, such as a negative count."""
     given = {name: value for name, value in cast(dict[str, Any], options).items() if value is not None}
     sampling = {name: given.pop(name) for name in SAMPLING if name in given}
+    if "bad_words" in sampling:
+        sampling["bad_words"] = [{"token_ids": phrase} for phrase in sampling["bad_words"]]
     placement = {name: given.pop(name) for name in PLACEMENT if name in given}
     try:
         request = router_pb2.GenerateRequest(**given, **_prompt(prompt))

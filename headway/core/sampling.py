@@ -23,6 +23,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     seed: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    # Token ids of each phrase.
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0)
@@ -33,6 +35,8 @@ class Sampling:
         _within("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias of token {token}", bias, -1e6, 1e6)
+        if not all(self.bad_words):
+            raise ValueError("one of bad_words has no tokens; leave it out")
 
     @property
     def greedy(self) -> bool:
@@ -41,7 +45,8 @@ class Sampling:
     @property
     def uses_context(self) -> bool:
         """Whether drawing needs to know the tokens so far."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        penalised = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return penalised or any(len(phrase) > 1 for phrase in self.bad_words)
 
 
 def _within(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:

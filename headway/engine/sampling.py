@@ -1,7 +1,7 @@
 """Drawing tokens. Randomness is a pure function of (seed, choice, output index); no row depends on its neighbours.
 
-Order, as transformers applies its processors: bias, repetition penalty, presence and frequency penalties, temperature,
-top-k, top-p, min-p; then the inverse of the cumulative distribution, over tokens in order of their ids.
+Order, as transformers applies its processors: bias, repetition penalty, presence and frequency penalties, bad words,
+temperature, top-k, top-p, min-p; then the inverse of the cumulative distribution, over tokens in order of their ids.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def adjust(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     values = result[rows, ids]
     values = torch.where(values < 0, values * repetition, values / repetition)
     result[rows, ids] = values - (presence * (outputs > 0) + frequency * outputs)
+    for row, draw in enumerate(draws):
+        result[row, _forbidden(draw, vocabulary)] = -torch.inf
     return result
 
 
@@ -126,7 +128,17 @@ def _needs_row(draw: Draw) -> bool:
 
 
 def _touches(sampling: Sampling) -> bool:
-    return bool(sampling.logit_bias) or sampling.uses_context
+    return bool(sampling.logit_bias or sampling.bad_words) or sampling.uses_context
+
+
+def _forbidden(draw: Draw, vocabulary: int) -> list[int]:
+    """The tokens that would complete one of the bad words."""
+    phrases = draw.sampling.bad_words
+    if unknown := [token for phrase in phrases for token in phrase if not 0 <= token < vocabulary]:
+        raise ValueError(f"bad_words names token {unknown[0]}; the vocabulary has {vocabulary}")
+    longest = max((len(phrase) for phrase in phrases), default=1) - 1
+    end = tuple(draw.context[max(0, len(draw.context) - longest) :])
+    return [phrase[-1] for phrase in phrases if len(phrase) == 1 or end[-(len(phrase) - 1) :] == phrase[:-1]]
 
 
 def _biases(draws: Sequence[Draw], vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

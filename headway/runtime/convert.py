@@ -56,5 +56,8 @@ def card_from_proto(message: common_pb2.ModelCard) -> ModelCard:
 
 def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
     """Unset fields take Sampling's defaults. Raises ValueError on a value outside its range."""
-    given = {field.name: value for field, value in message.ListFields() if field.name != "logit_bias"}
-    return Sampling(**given, logit_bias=dict(message.logit_bias))
+    plain = {field.name: value for field, value in message.ListFields()}
+    plain.pop("logit_bias", None)
+    plain.pop("bad_words", None)
+    bad_words = tuple(tuple(phrase.token_ids) for phrase in message.bad_words)
+    return Sampling(**plain, logit_bias=dict(message.logit_bias), bad_words=bad_words)

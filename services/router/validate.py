@@ -19,6 +19,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 1024
 MAX_STOP_TOKENS = 256
 MAX_LOGIT_BIASES = 1024
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_TOKENS = 32
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_TENANT_CHARACTERS = 128
 ROLES = ("system", "user", "assistant")
@@ -95,6 +97,10 @@ def _check_sampling(request: router_pb2.GenerateRequest, card: ModelCard) -> Sam
     bias: Iterable[int] = request.sampling.logit_bias
     _at_most("the number of logit_bias entries", len(request.sampling.logit_bias), MAX_LOGIT_BIASES)
     _in_vocabulary("logit_bias", max(bias, default=0), card)
+    _at_most("the number of bad_words", len(request.sampling.bad_words), MAX_BAD_WORDS)
+    for phrase in request.sampling.bad_words:
+        _at_most("the number of tokens of one of bad_words", len(phrase.token_ids), MAX_BAD_WORD_TOKENS)
+        _in_vocabulary("bad_words", max(phrase.token_ids, default=0), card)
     try:
         return sampling_from_proto(request.sampling)
     except ValueError as error:

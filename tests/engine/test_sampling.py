@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -54,6 +55,33 @@ def test_bias_comes_before_penalties() -> None:
     found = adjust(logits, [draw])[0]
     assert (float(found[3]), float(found[4]), float(found[5])) == (2.0, -101.0, -1.0)
     assert draw_rows(logits, [draw])[0].token_id == 3
+
+
+def test_bad_words_are_transformers() -> None:
+    phrases = ((5,), (7, 9), (9, 7, 9, 3), (1, 2, 4))
+    contexts = [[5, 7], [9, 7, 9], [7], [3, 9, 7, 9], [1, 2]]
+    logits = some_logits(len(contexts))
+    draws = [Draw(Sampling(bad_words=phrases), 1, 0, context, 1) for context in contexts]
+    processor = NoBadWordsLogitsProcessor([list(phrase) for phrase in phrases], eos_token_id=torch.tensor([2]))
+    wanted = torch.cat([processor(torch.tensor([c]), logits[[at]].clone()) for at, c in enumerate(contexts)])
+    assert torch.equal(adjust(logits, draws), wanted)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_bad_words_are_not_drawn(temperature: float) -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, 8] = 20.0
+    alone = Sampling(temperature=temperature, bad_words=((8,),))
+    after_3 = Sampling(temperature=temperature, bad_words=((3, 8),))
+    assert draw_rows(logits, [Draw(Sampling(temperature=temperature), 0)])[0].token_id == 8
+    assert draw_rows(logits, [Draw(alone, 0)])[0].token_id != 8
+    assert draw_rows(logits, [Draw(after_3, 1, 0, [1, 3], 1)])[0].token_id != 8
+    assert draw_rows(logits, [Draw(after_3, 1, 0, [3, 1], 1)])[0].token_id == 8
+
+
+def test_a_bad_word_of_an_unknown_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="bad_words names token 300"):
+        draw_rows(some_logits(1), [Draw(Sampling(bad_words=((1, VOCABULARY),)), 0)])
 
 
 def test_bias_of_an_unknown_token_is_refused() -> None:

@@ -61,6 +61,9 @@ CASES: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
     (sampling(repetition_penalty=0.0), INVALID, "repetition_penalty is 0.0"),
     (sampling(presence_penalty=float("inf")), INVALID, "presence_penalty is inf"),
     (sampling(frequency_penalty=1e6), INVALID, "frequency_penalty is 1000000.0"),
+    (sampling(bad_words=[{"token_ids": []}]), INVALID, "one of bad_words has no tokens"),
+    (sampling(bad_words=[{"token_ids": [1, 300]}]), INVALID, "token id 300 in bad_words"),
+    (sampling(bad_words=[{"token_ids": [1]}] * 300), INVALID, "number of bad_words is 300"),
     (sampling(logit_bias={300: 1.0}), INVALID, "token id 300 in logit_bias"),
     (sampling(logit_bias={3: float("nan")}), INVALID, "logit_bias of token 3 is nan"),
 ]
