@@ -62,7 +62,7 @@ def engine_of(model: Any, sizes: Sizes, dtype: str, mapping: DeviceMapping) -> E
     import torch
 
     from headway.engine.model import TorchEngine
-    from headway.engine.proof import expected_logits, prove
+    from headway.engine.proof import expected_logits, prove, tolerance
     from headway.engine.stock import StockModel
 
     kv_format, shape = format_of(sizes, dtype), sizes.shape
@@ -70,7 +70,7 @@ def engine_of(model: Any, sizes: Sizes, dtype: str, mapping: DeviceMapping) -> E
     card = ModelCard("random", bytes(16), context, vocabulary, (), kv_format)
     expected = expected_logits(model, card)
     engine = TorchEngine(StockModel(model), card, model.device)
-    prove(engine, expected, model.config.model_type)
+    prove(engine, expected, tolerance(dtype, "float", dtype), model.config.model_type)
     stride = slot_stride(kv_format.slot_bytes)
     view = mapping.view(mapping.size // stride, stride)
     torch.utils.dlpack.from_dlpack(view).zero_()

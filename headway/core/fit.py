@@ -19,6 +19,9 @@ USUAL = 0.2
 WARM_UP = 8
 # After so many observations one more changes little, and the equations (30 µs) are solved for every few only.
 SETTLED, SELDOM = 64, 8
+# What was known at first counts as so many observations for ever: a worker that computes short prompts for hours still
+# knows what a long one takes.
+ANCHOR = 8.0
 # Keeps the equations solvable while all observations are alike.
 RIDGE = 1e-6
 
@@ -41,6 +44,7 @@ class Fit:
         # Sums of products of the features, and of features with 1 (seconds over seconds), upper triangle.
         self._products = [0.0] * 6
         self._targets = [0.0] * 3
+        self._anchor = ([0.0] * 6, [0.0] * 3)
 
     def predict(self, features: Features) -> float:
         a, b, c = self.coefficients
@@ -64,7 +68,30 @@ class Fit:
         ]
         self._targets = [KEEP * old + weight * new for old, new in zip(self._targets, (x, y, z), strict=True)]
         if self.count < SETTLED or self.count % SELDOM == 0:
-            self.coefficients = _least_squares(self._products, self._targets)
+            self._solve()
+
+    def anchor(self) -> None:
+        """What is known now is never forgotten altogether."""
+        share = ANCHOR / max(ANCHOR, min(self.count, 1 / (1 - KEEP)))
+        self._anchor = [share * value for value in self._products], [share * value for value in self._targets]
+
+    def times(self, factor: float) -> Fit:
+        """One to start from where everything takes so many times as long, and what is known here is its anchor."""
+        other = Fit()
+        other._products = [value / (factor * factor) for value in self._products]
+        other._targets = [value / factor for value in self._targets]
+        other.count = self.count
+        other.anchor()
+        other.count, other._products, other._targets = 0, [0.0] * 6, [0.0] * 3
+        other.coefficients = tuple(value * factor for value in self.coefficients)  # type: ignore[assignment]
+        return other
+
+    def _solve(self) -> None:
+        products, targets = self._anchor
+        self.coefficients = _least_squares(
+            [now + before for now, before in zip(self._products, products, strict=True)],
+            [now + before for now, before in zip(self._targets, targets, strict=True)],
+        )
 
     def state(self) -> State:
         """To go on from after a restart."""
@@ -77,7 +104,8 @@ class Fit:
         self._products, self._targets = list(state[:6]), list(state[6:9])
         self.error, self._usual, self.count = state[9], max(state[10], 1e-6), int(state[11])
         if self.count:
-            self.coefficients = _least_squares(self._products, self._targets)
+            self.anchor()
+            self._solve()
 
 
 def _least_squares(products: Sequence[float], targets: Sequence[float]) -> Coefficients:
@@ -152,6 +180,18 @@ class Timing:
         elif work.batch:
             self.step.observe((1.0, work.batch, work.kv_tokens), seconds)
         self.predictor = Predictor(self.prefill.coefficients, self.step.coefficients)
+
+    def anchor(self) -> None:
+        """What is known now is never forgotten altogether."""
+        self.prefill.anchor()
+        self.step.anchor()
+
+    def times(self, factor: float) -> Timing:
+        """One to start from where everything takes so many times as long."""
+        other = Timing()
+        other.prefill, other.step = self.prefill.times(factor), self.step.times(factor)
+        other.predictor = Predictor(other.prefill.coefficients, other.step.coefficients)
+        return other
 
     def state(self) -> dict[str, State]:
         return {"prefill": self.prefill.state(), "step": self.step.state()}

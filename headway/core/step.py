@@ -44,13 +44,15 @@ class StepLimits:
     """batch: sequences a forward. chunk_tokens: prompt tokens a forward, at most.
 
     chunk_s: seconds that a forward of prompts may take, because a short prompt that arrives meanwhile waits for it;
-    shared_chunk_s: what prompts may add to a forward in which others decode, because their next token waits for it.
+    shared_chunk_s: what prompts may add to a forward in which others decode, because their next token waits for it;
+    itl_s: what such a forward may take in all, though a block of a prompt is always in it.
     """
 
     batch: int = 64
     chunk_tokens: int = 8192
     chunk_s: float = 0.5
     shared_chunk_s: float = 0.1
+    itl_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,9 @@ def plan_step(
     fixed_s = predictor.prefill[0]
     left_s = limits.chunk_s + fixed_s
     if work:
-        fixed_s += predictor.step_s(len(work), sum(sequence.computed for sequence in decoding))
-        left_s = limits.shared_chunk_s + predictor.prefill[0]
+        step_s = predictor.step_s(len(work), sum(sequence.computed for sequence in decoding))
+        fixed_s += step_s
+        left_s = min(limits.shared_chunk_s, limits.itl_s - step_s) + predictor.prefill[0]
     if len(prompts) > 1:
         prompts.sort(key=lambda prompt: prompt_key(prompt, predictor, order, debts))
     left = limits.chunk_tokens

@@ -11,6 +11,8 @@ from headway.engine.errors import ModelError
 from headway.engine.pages import Plan, Span
 
 NAME = "headway_paged"
+# Rows of a chunk whose scores lie in memory at once.
+SLICE = 128
 # Keywords that transformers may pass along and that change nothing here: RoPE has been applied, rows are causal.
 _HARMLESS: dict[str, tuple[object, ...]] = {
     "dropout": (0.0,),
@@ -45,27 +47,31 @@ def paged_attention(
     shape = (1, pages.heads, query.shape[2], pages.dim)
     if key.shape != shape or value.shape != shape:
         raise ModelError(f"a layer has K and V of shape {tuple(key.shape)} and {tuple(value.shape)}, not {shape}")
-    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    return attend(headway_plan, module.layer_idx, query, key, value, scaling)[None], None
+    new = torch.stack([key[0].transpose(0, 1), value[0].transpose(0, 1)], 1)
+    return attend(headway_plan, module.layer_idx, query[0].transpose(0, 1), new, scaling)[None].to(query.dtype), None
 
 
-def attend(
-    plan: Plan, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    """RoPE applied: query [rows, heads, dim], key and value [rows, kv_heads, dim] → [rows, heads, dim]."""
-    pages = plan.pages
-    plan.store(layer, key, value)
-    out = query.new_empty(query.shape)
-    by_head, k_new, v_new = (part.transpose(0, 1) for part in (query, key, value))
+def attend(plan: Plan, layer: int, query: torch.Tensor, new: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """RoPE applied: query [rows, heads, dim], K and V [rows, 2, kv_heads, dim] → [rows, heads, dim], as the slab's."""
+    pages, shape = plan.pages, query.shape
+    query, new = query[: plan.rows].to(pages.dtype), new[: plan.rows].to(pages.dtype)
+    plan.store(layer, new)
+    if len(plan.batches) == 1 and plan.batches[0].rows is None and plan.rows == shape[0]:
+        return plan.batches[0].attend(layer, query, new, scaling)
+    out = query.new_empty(shape)
+    out[plan.rows :] = 0
+    by_head, k_new, v_new = query.transpose(0, 1), new[:, 0].transpose(0, 1), new[:, 1].transpose(0, 1)
+    half = pages.dtype == torch.bfloat16 and pages.device.type == "cpu"
     for span in plan.spans:
         rows = slice(span.start, span.stop)
         if span.cold:
             k, v = k_new[:, rows], v_new[:, rows]
         else:
             k, v = (part.transpose(0, 1) for part in pages.gather(layer, span.blocks, span.length))
-        out[rows] = _attend(by_head[:, rows], k, v, span, scaling).transpose(0, 1)
+        seen = _attend_half if half and span.stop - span.start > 1 else _attend
+        out[rows] = seen(by_head[:, rows], k, v, span, scaling).transpose(0, 1)
     for batch in plan.batches:
-        out.index_copy_(0, batch.rows, batch.attend(layer, query, (key, value), scaling))
+        out[slice(plan.rows) if batch.rows is None else batch.rows] = batch.attend(layer, query, new, scaling)
     return out
 
 
@@ -88,6 +94,25 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scali
         scale=scaling,
     )
     return done.reshape(heads, rows, dim)
+
+
+def _attend_half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scaling: float | None) -> torch.Tensor:
+    """As _attend, for bfloat16 on a CPU, where plain products are up to twice as fast as torch's fused attention."""
+    heads, rows, dim = q.shape
+    before = span.length - rows
+    out = q.new_empty((k.shape[0], heads // k.shape[0], rows, dim))
+    grouped = q.reshape(out.shape)
+    for start in range(0, rows, SLICE):
+        stop = min(rows, start + SLICE)
+        seen, count = before + stop, stop - start
+        part = grouped[:, :, start:stop].reshape(len(k), -1, dim)
+        scores = torch.bmm(part, k[:, :seen].transpose(1, 2)).float().mul_(scaling or dim**-0.5)
+        # All rows see what lies before them; of their own tokens each sees those up to itself.
+        own = scores.view(len(k), -1, count, seen)[..., seen - count :]
+        own += torch.full((count, count), -torch.inf).triu_(1)
+        shares = torch.softmax(scores, -1).to(q.dtype)
+        out[:, :, start:stop] = torch.bmm(shares, v[:, :seen]).view(len(k), -1, count, dim)
+    return out.view(heads, rows, dim)
 
 
 def _check(attention_mask: torch.Tensor | None, keywords: dict[str, Any]) -> None:

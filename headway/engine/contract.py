@@ -94,6 +94,9 @@ class Engine(Protocol):
     def scratch(self, slots: int, stride: int) -> SlabArray:
         """Memory like a slab's, uint8 [slots, stride], to measure forwards in before there is a slab."""
 
+    def use_threads(self, count: int) -> None:
+        """Compute with so many threads from now on; called by the thread that calls forward."""
+
     def forget(self, sequence: Hashable) -> None:
         """The sequence of this name goes on elsewhere, from its start, or nowhere. From any thread; an unknown one is
         ignored.

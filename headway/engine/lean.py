@@ -8,6 +8,7 @@ model has beside the shape (multipliers, other norms) is found out by engine.pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.functional import rms_norm, silu
 
 from headway.engine.attention import attend
-from headway.engine.linear import take_linear
+from headway.engine.linear import Form, Make, take_linear
 from headway.engine.pages import Plan
 
 _BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -24,6 +25,10 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+# A layer's own forward: a module's call around it costs as much as a small operator.
+Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +47,13 @@ class Layer:
     """One decoder layer; qkv and gate_up are what the model has as separate projections, side by side."""
 
     before_attention: Norm
-    qkv: nn.Module
+    qkv: Linear
     q_norm: Norm | None
     k_norm: Norm | None
-    out: nn.Module
+    out: Linear
     before_mlp: Norm
-    gate_up: nn.Module
-    down: nn.Module
+    gate_up: Linear
+    down: Linear
     scaling: float
 
 
@@ -56,41 +61,53 @@ class LeanDecoder:
     """See the module; `read_decoder` makes it."""
 
     def __init__(
-        self, embed: torch.Tensor, layers: list[Layer], norm: Norm, head: nn.Module, rotary: nn.Module
+        self,
+        embed: torch.Tensor,
+        layers: list[Layer],
+        norm: Norm,
+        head: Linear,
+        rotary: nn.Module,
+        dtype: torch.dtype,
     ) -> None:
+        """dtype: what goes into linear layers."""
         self._embed, self._layers, self._norm, self._head, self._rotary = embed, layers, norm, head, rotary
+        self._dtype = dtype
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, plan: Plan) -> torch.Tensor:
         """ids, positions: int64 [rows]. → logits [len(last), vocabulary] after the rows `last`."""
-        pages = plan.pages
+        pages, dtype = plan.pages, self._dtype
         x = self._embed[ids]
         cos, sin = _angles(self._rotary, x, positions)
         for at, layer in enumerate(self._layers):
-            qkv = layer.qkv(layer.before_attention(x)).view(len(x), -1, pages.dim)
+            qkv = layer.qkv(layer.before_attention(x).to(dtype)).to(x.dtype).view(len(x), -1, pages.dim)
             heads = qkv.shape[1] - 2 * pages.heads
-            turned, value = qkv[:, : heads + pages.heads], qkv[:, heads + pages.heads :]
+            turned = qkv[:, : heads + pages.heads]
             if layer.q_norm is not None and layer.k_norm is not None:
-                turned = torch.cat([layer.q_norm(turned[:, :heads]), layer.k_norm(turned[:, heads:])], 1)
-            turned = torch.addcmul(turned * cos, turned.roll(pages.dim // 2, -1), sin)
-            seen = attend(plan, at, turned[:, :heads], turned[:, heads:], value, layer.scaling)
-            x = x + layer.out(seen.view(len(x), -1))
-            gate, up = layer.gate_up(layer.before_mlp(x)).chunk(2, -1)
+                turned[:, :heads] = layer.q_norm(turned[:, :heads])
+                turned[:, heads:] = layer.k_norm(turned[:, heads:])
+            torch.addcmul(turned * cos, turned.roll(pages.dim // 2, -1), sin, out=turned)
+            new = qkv[:, heads:].view(len(x), 2, pages.heads, pages.dim)
+            seen = attend(plan, at, qkv[:, :heads], new, layer.scaling)
+            x = x + layer.out(seen.view(len(x), -1).to(dtype))
+            gate, up = layer.gate_up(layer.before_mlp(x).to(dtype)).chunk(2, -1)
             x += layer.down(silu(gate).mul_(up))
         logits: torch.Tensor = self._head(self._norm(x[last]))
         return logits
 
 
-def read_decoder(model: Any) -> LeanDecoder | None:
-    """The same model, or None where it is not of this shape. `model` has no weights any more after that."""
+def read_decoder(model: Any, form: Form) -> LeanDecoder | None:
+    """The same model with linear layers of this form, or None where it is not of this shape. `model` has no weights any
+    more after that.
+    """
     base = getattr(model, "model", None)
     if base is None or _children(model) != {"model", "lm_head"} or _children(base) != _BASE:
         return None
     norm = _norm(base.norm)
     if norm is None or type(model.lm_head) is not nn.Linear or not all(_fits(layer) for layer in base.layers):
         return None
-    found = [_layer(layer) for layer in base.layers]
-    embed = base.embed_tokens.weight
-    return LeanDecoder(embed, found, norm, take_linear(model.lm_head), base.rotary_emb)
+    found = [_layer(layer, form.inner) for layer in base.layers]
+    embed, head = base.embed_tokens.weight, take_linear(model.lm_head, make=form.head).forward
+    return LeanDecoder(embed, found, norm, head, base.rotary_emb, form.dtype)
 
 
 def _fits(layer: Any) -> bool:
@@ -115,17 +132,17 @@ def _fits(layer: Any) -> bool:
     return None not in norms and gated_by_silu
 
 
-def _layer(layer: Any) -> Layer:
+def _layer(layer: Any, make: Make) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return Layer(
         before_attention=_found(layer.input_layernorm),
-        qkv=take_linear(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=take_linear(attention.q_proj, attention.k_proj, attention.v_proj, make=make).forward,
         q_norm=_norm(getattr(attention, "q_norm", None)),
         k_norm=_norm(getattr(attention, "k_norm", None)),
-        out=take_linear(attention.o_proj),
+        out=take_linear(attention.o_proj, make=make).forward,
         before_mlp=_found(layer.post_attention_layernorm),
-        gate_up=take_linear(mlp.gate_proj, mlp.up_proj),
-        down=take_linear(mlp.down_proj),
+        gate_up=take_linear(mlp.gate_proj, mlp.up_proj, make=make).forward,
+        down=take_linear(mlp.down_proj, make=make).forward,
         scaling=attention.scaling,
     )
 

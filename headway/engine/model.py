@@ -25,6 +25,10 @@ from headway.engine.working import Copies
 ANY_STRIDES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+# Packs of more rows are filled up by at most an eighth.
+EXACT_ROWS = 16
+
+
 class Forward(Protocol):
     """A model over the slab."""
 
@@ -35,8 +39,10 @@ class Forward(Protocol):
 class TorchEngine:
     """An Engine (see contract) around a model whose weights are on `device`."""
 
-    def __init__(self, model: Forward, card: ModelCard, device: torch.device) -> None:
+    def __init__(self, model: Forward, card: ModelCard, device: torch.device, copy_bytes: int = 0) -> None:
+        """copy_bytes: that working copies may take beside the slab, on a CPU; 0: as many as the slab has."""
         self.card = card
+        self._copy_bytes = copy_bytes
         self._model = model
         self.device = device
         self._pages: Pages | None = None
@@ -46,12 +52,16 @@ class TorchEngine:
         """Use this slab from now on. Raises ValueError where it cannot hold card.kv_format."""
         self._pages = Pages(slab, self.card.kv_format, self.device)
         if self.device.type == "cpu":
-            # All that the slab holds could be copied, and no more runs at once.
-            self._copies = Copies(self._pages, self._pages.slots * self._pages.block_size)
+            most = self._copy_bytes or self._pages.slots * self._pages.block_size * self._pages.token_bytes
+            self._copies = Copies(self._pages, most // self._pages.token_bytes)
 
     def unbind(self) -> None:
         """Drop every view of the slab, so that it can be unmapped."""
         self._pages = self._copies = None
+
+    def use_threads(self, count: int) -> None:
+        """See the contract."""
+        torch.set_num_threads(count)
 
     def forget(self, sequence: Hashable) -> None:
         """See the contract."""
@@ -88,8 +98,9 @@ class TorchEngine:
             raise ModelError("the engine has no slab; bind one first")
         self._check(chunks)
         plan = self._plan(self._pages, chunks)
-        ids = np.concatenate([np.asarray(chunk.tokens, np.int64) for chunk in chunks])
-        positions = np.concatenate([np.arange(c.position, c.position + len(c.tokens)) for c in chunks])
+        more = np.zeros(self._more_rows(plan.rows), np.int64)
+        ids = np.concatenate([*(np.asarray(chunk.tokens, np.int64) for chunk in chunks), more])
+        positions = np.concatenate([*(np.arange(c.position, c.position + len(c.tokens)) for c in chunks), more])
         ends = accumulate(len(chunk.tokens) for chunk in chunks)
         last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.draw is not None]
         inputs = [torch.from_numpy(ids), torch.from_numpy(positions), torch.tensor(last, dtype=torch.int64)]
@@ -102,9 +113,15 @@ class TorchEngine:
     def _plan(self, pages: Pages, chunks: Sequence[Chunk]) -> Plan:
         return plan_device(pages, chunks) if self._copies is None else plan_cpu(pages, chunks, self._copies)
 
+    def _more_rows(self, rows: int) -> int:
+        """That fill up the pack on a CPU: oneDNN makes code for each number of rows, and never lets go of it."""
+        if self.device.type != "cpu" or rows <= EXACT_ROWS:
+            return 0
+        return -rows % (1 << (rows.bit_length() - 4))
+
     def _with_copied(self, chunks: Sequence[Chunk], drawn: Sequence[Drawn | None]) -> list[Drawn | None]:
         """Says of each sequence that got a working copy how much was copied."""
-        made, token_bytes = self._copies.made if self._copies else {}, self.card.kv_format.bytes_per_token
+        made, token_bytes = (self._copies.made, self._copies.pages.token_bytes) if self._copies else ({}, 0)
         return [
             replace(one, copied_bytes=made[chunk.sequence] * token_bytes) if one and chunk.sequence in made else one
             for chunk, one in zip(chunks, drawn, strict=True)

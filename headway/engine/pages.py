@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -15,18 +16,23 @@ from headway.engine.contract import Chunk, SlabArray
 # Token-major inside a block: a gathered sequence is [token, head, dim] as it stands, so that attention reads it
 # without a transposition: a third less time than head-major on one thread, 13 to 18 % on two (batch 1 to 16).
 ORDER = "layer,kv,token,head,dim"
+# Of int8: after the numbers of all layers, a scale for each token and head, as exact as it costs nothing.
+SCALED = f"{ORDER}; float32 layer,kv,token,head"
+SCALE = torch.float32
 
 
 class Pages:
     """K and V in a slab of one full-attention group.
 
-    layers[i] is (K, V) of layer i, each a view [slots, block_size, kv_heads, head_dim] in the format's dtype.
+    pairs[i] is layer i, a view [slots, 2 (K, V), block_size, kv_heads, head_dim] in the format's dtype. Of int8, scales
+    follow all layers' numbers: scales[i], float32 [slots, 2, block_size, kv_heads], one for each token and head.
+    dtype: of what attention reads; float32 for int8.
     """
 
     def __init__(self, slab: SlabArray, kv_format: KvFormat, device: torch.device) -> None:
         """`slab` is uint8 [slots, slot_stride], writable, on `device`. Raises ValueError where it is not."""
         group = kv_format.groups[0]
-        dtype: torch.dtype = getattr(torch, kv_format.dtype)
+        stored: torch.dtype = getattr(torch, kv_format.dtype)
         # torch takes a read-only NumPy array as if it could be written to.
         writable = slab.flags.writeable if isinstance(slab, np.ndarray) else True
         bytes_: torch.Tensor = torch.utils.dlpack.from_dlpack(slab)
@@ -34,18 +40,25 @@ class Pages:
             raise ValueError("a slab is a writable uint8 array [slots, slot_stride]")
         if bytes_.device != device:
             raise ValueError(f"the slab lies on {bytes_.device}, the model on {device}")
-        if bytes_.shape[1] < kv_format.slot_bytes or bytes_.shape[1] % dtype.itemsize:
+        if bytes_.shape[1] < kv_format.slot_bytes or bytes_.shape[1] % SCALE.itemsize:
             raise ValueError(f"the slab has {bytes_.shape[1]} bytes a slot, the KV format needs {kv_format.slot_bytes}")
         self.device = device
-        self.dtype = dtype
+        self.dtype = torch.float32 if stored == torch.int8 else stored
         self.slots: int = bytes_.shape[0]
         self.block_size = kv_format.block_size
         self.heads = group.kv_heads
         self.dim = group.head_dim
-        inside = bytes_[:, : kv_format.slot_bytes].view(dtype)
-        view = inside.view(self.slots, group.layers, 2, self.block_size, self.heads, self.dim)
-        self.layers = [(view[:, layer, 0], view[:, layer, 1]) for layer in range(group.layers)]
-        self._gathered = (inside.new_empty(0), inside.new_empty(0))
+        # Of a copy, which has the dtype that attention reads.
+        self.token_bytes = group.layers * 2 * self.heads * self.dim * self.dtype.itemsize
+        shape = (self.slots, group.layers, 2, self.block_size, self.heads)
+        numbers = math.prod(shape[1:]) * self.dim * stored.itemsize
+        view = bytes_[:, :numbers].view(stored).view(*shape, self.dim)
+        self.pairs = [view[:, layer] for layer in range(group.layers)]
+        self._gathered = (torch.empty(0, dtype=self.dtype, device=device),) * 2
+        self.scales: list[torch.Tensor] = []
+        if stored == torch.int8:
+            scales = bytes_[:, numbers : kv_format.slot_bytes].view(SCALE).view(shape)
+            self.scales = [scales[:, layer] for layer in range(group.layers)]
 
     def gather(self, layer: int, blocks: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of tokens [0, tokens), each [tokens, kv_heads, head_dim], valid until the next call.
@@ -53,14 +66,22 @@ class Pages:
         blocks: int64 [blocks], the sequence's slots. What lies past `tokens` in the last slot is left out.
         """
         count = len(blocks)
-        if count > self._gathered[0].shape[0]:
-            shape = (max(count, 2 * self._gathered[0].shape[0]), self.block_size, self.heads, self.dim)
+        if count > len(self._gathered[0]):
+            shape = (max(count, 2 * len(self._gathered[0])), self.block_size, self.heads, self.dim)
             self._gathered = (self._gathered[0].new_empty(shape), self._gathered[0].new_empty(shape))
-        result = []
-        for source, target in zip(self.layers[layer], self._gathered, strict=True):
-            torch.index_select(source, 0, blocks, out=target[:count])
-            result.append(target[:count].view(-1, self.heads, self.dim)[:tokens])
-        return result[0], result[1]
+        key, value = (
+            self.read(layer, part, blocks, out=self._gathered[part][:count]).view(-1, self.heads, self.dim)[:tokens]
+            for part in (0, 1)
+        )
+        return key, value
+
+    def read(self, layer: int, part: int, blocks: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """K (part 0) or V (1) of these slots: [len(blocks), block_size, kv_heads, head_dim]."""
+        source = self.pairs[layer][:, part]
+        if not self.scales:
+            return torch.index_select(source, 0, blocks, out=out)
+        scales = self.scales[layer][:, part].index_select(0, blocks).unsqueeze(-1)
+        return torch.mul(source.index_select(0, blocks), scales, out=out)
 
 
 class Span(NamedTuple):
@@ -98,18 +119,15 @@ class Piece(NamedTuple):
     offset: int
 
 
-KeyValue = tuple[torch.Tensor, torch.Tensor]
-
-
 class Batch(Protocol):
     """Rows of the pack, one of each of n sequences, that attend together."""
 
     @property
-    def rows(self) -> torch.Tensor:
-        """int64 [n]"""
+    def rows(self) -> torch.Tensor | None:
+        """int64 [n]; None: all rows of the pack in their order."""
 
-    def attend(self, layer: int, query: torch.Tensor, new: KeyValue, scaling: float | None) -> torch.Tensor:
-        """query [rows of the pack, heads, dim], new K and V [rows of the pack, kv_heads, dim] → [n, heads, dim].
+    def attend(self, layer: int, query: torch.Tensor, new: torch.Tensor, scaling: float | None) -> torch.Tensor:
+        """query [rows of the pack, heads, dim], new K and V [rows of the pack, 2, kv_heads, dim] → [n, heads, dim].
 
         K and V of all rows are in the slab already.
         """
@@ -118,29 +136,39 @@ class Batch(Protocol):
 class Plan(NamedTuple):
     """One forward.
 
-    runs, pieces: where rows of longer chunks go. steps: (rows, slots, offsets), int64 each, of all other rows.
-    batches: sequences that attend together; every other chunk is a span.
+    rows: of the pack, that are tokens; any that follow only fill it up. runs, pieces: where rows of longer chunks go.
+    steps: (rows, slots, offsets), int64 each, of all other rows; rows is None where those are all. batches: sequences
+    that attend together; every other chunk is a span.
     """
 
     pages: Pages
+    rows: int
     spans: list[Span]
     runs: list[Run]
     pieces: list[Piece]
-    steps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    steps: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
     batches: Sequence[Batch] = ()
 
-    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write K and V of all rows, each [rows, kv_heads, head_dim], into the slab."""
-        rows, slots, offsets = self.steps
-        size = self.pages.block_size
-        for source, target in zip((key, value), self.pages.layers[layer], strict=True):
-            for start, stop, slot in self.runs:
-                blocks = (stop - start) // size
-                target[slot : slot + blocks].copy_(source[start:stop].view(blocks, size, *source.shape[1:]))
-            for start, stop, slot, offset in self.pieces:
-                target[slot, offset : offset + stop - start].copy_(source[start:stop])
-            if len(rows):
-                target[slots, offsets] = source[rows]
+    def store(self, layer: int, new: torch.Tensor) -> None:
+        """Write K and V of all rows, [rows, 2, kv_heads, head_dim] in the dtype of the pages, into the slab."""
+        pages = self.pages
+        if pages.scales:
+            scale = (new.abs().amax(-1) / 127).clamp_(min=1e-12)
+            self._write(pages.scales[layer], scale)
+            new = (new / scale.unsqueeze(-1)).round_().to(torch.int8)
+        self._write(pages.pairs[layer], new)
+
+    def _write(self, target: torch.Tensor, new: torch.Tensor) -> None:
+        """target [slots, 2, block_size, …], new [rows, 2, …]"""
+        (rows, slots, offsets), size = self.steps, self.pages.block_size
+        for start, stop, slot in self.runs:
+            blocks = (stop - start) // size
+            whole = new[start:stop].view(blocks, size, *new.shape[1:])
+            target[slot : slot + blocks].copy_(whole.transpose(1, 2))
+        for start, stop, slot, offset in self.pieces:
+            target[slot, :, offset : offset + stop - start].copy_(new[start:stop].transpose(0, 1))
+        if len(slots):
+            target[slots, :, offsets] = new if rows is None else new[rows]
 
 
 def checked_blocks(pages: Pages, chunk: Chunk) -> npt.NDArray[np.int64]:

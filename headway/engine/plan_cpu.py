@@ -41,8 +41,9 @@ def plan_cpu(pages: Pages, chunks: Sequence[Chunk], copies: Copies) -> Plan:
             mask = causal_mask(count, position, pages.dtype, pages.device) if count > 1 and position > 0 else None
             spans.append(Span(row, row + count, position + count, table, mask))
         row += count
-    columns = torch.tensor(steps, dtype=torch.int64).view(-1, 3)
-    return Plan(pages, spans, runs, pieces, (columns[:, 0], columns[:, 1], columns[:, 2]), shelved(copied))
+    rows, slots, offsets = torch.tensor(steps, dtype=torch.int64).view(-1, 3).unbind(1)
+    all_steps = len(steps) == row
+    return Plan(pages, row, spans, runs, pieces, (None if all_steps else rows, slots, offsets), shelved(copied, row))
 
 
 def _split(

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from headway.engine.contract import Chunk
-from headway.engine.pages import KeyValue, Pages, Plan, Span, causal_mask, checked_blocks
+from headway.engine.pages import Pages, Plan, Span, causal_mask, checked_blocks
 
 # Of sequences gathered at once, padded to the longest: one layer's K and V of so many tokens lie beside the slab.
 BATCH_TOKENS = 1 << 18
@@ -34,7 +34,7 @@ class Gathered(NamedTuple):
     lengths: torch.Tensor
     table: torch.Tensor
 
-    def attend(self, layer: int, query: torch.Tensor, new: KeyValue, scaling: float | None) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, new: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """See pages.Batch; `new` is read from the slab."""
         pages = self.pages
         count, blocks = self.table.shape
@@ -43,8 +43,8 @@ class Gathered(NamedTuple):
         unseen, slots = ~seen[:, :, None, None], self.table.flatten()
         # What lies past the end may be a NaN, which no mask keeps out.
         key, value = (
-            source.index_select(0, slots).view(count, tokens, pages.heads, pages.dim).masked_fill_(unseen, 0)
-            for source in pages.layers[layer]
+            pages.read(layer, part, slots).view(count, tokens, pages.heads, pages.dim).masked_fill_(unseen, 0)
+            for part in (0, 1)
         )
         # The group of query heads that share a KV head takes the place of the rows: all see the whole sequence.
         grouped = query.index_select(0, self.rows).reshape(count, pages.heads, -1, pages.dim)
@@ -72,19 +72,19 @@ def plan_device(pages: Pages, chunks: Sequence[Chunk]) -> Plan:
         row += count
     slots, offsets = (torch.from_numpy(np.concatenate(part)) for part in zip(*places, strict=True))
     batches = [_batch(pages, group) for group in _groups(pages.block_size, steps)]
-    return Plan(pages, spans, [], [], (torch.arange(row), slots, offsets), batches)
+    return Plan(pages, row, spans, [], [], (None, slots, offsets), batches)
 
 
 def vectors(plan: Plan) -> list[torch.Tensor]:
     """All int64 tensors of the plan, for `with_vectors`."""
     of_batches = [vector for batch in plan.batches if isinstance(batch, Gathered) for vector in batch[1:]]
-    return [*plan.steps, *of_batches, *(span.blocks for span in plan.spans)]
+    return [*plan.steps[1:], *of_batches, *(span.blocks for span in plan.spans)]
 
 
 def with_vectors(plan: Plan, vectors: Sequence[torch.Tensor]) -> Plan:
     """The same with these in their place, on a device."""
     given = iter(vectors)
-    steps = (next(given), next(given), next(given))
+    steps = (None, next(given), next(given))
     batches = [Gathered(plan.pages, next(given), next(given), next(given)) for _ in plan.batches]
     spans = [span._replace(blocks=next(given)) for span in plan.spans]
     return plan._replace(steps=steps, batches=batches, spans=spans)

@@ -17,17 +17,23 @@ from headway.engine.model import TorchEngine
 from headway.engine.quiet import quiet
 
 # Root mean square of the difference, in standard deviations of the logits; unrelated logits give about 1.4.
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
+_TOLERANCE = {"float": 0.0, "float32": 1e-3, "bfloat16": 0.2, "float16": 0.05, "int8": 0.2, "int4": 0.2}
 _TOKENS = 40
 
 Table = npt.NDArray[np.int32]
 
 
-def prove(engine: TorchEngine, expected: torch.Tensor, kind: str) -> None:
+def tolerance(dtype: str, weights: str, kv_dtype: str) -> float:
+    """What computing in these may change, for `prove`."""
+    return max(_TOLERANCE[name] for name in (dtype, weights, kv_dtype))
+
+
+def prove(engine: TorchEngine, expected: torch.Tensor, within: float, kind: str) -> None:
     """Compute one sequence cold, chunked, stepped and beside another; leaves the engine unbound.
 
-    expected: from `expected_logits` of a model of type `kind`. Raises ModelError where the engine's differ: catches
-    position encodings, attention and layers that support.py and lean.py do not know of.
+    expected: from `expected_logits` of a model of type `kind`; within: from `tolerance`. Raises ModelError where the
+    engine's differ by more: catches position encodings, attention and layers that support.py and lean.py do not know
+    of.
     """
     try:
         found = _paged(engine, _ids(engine.card))
@@ -37,7 +43,7 @@ def prove(engine: TorchEngine, expected: torch.Tensor, kind: str) -> None:
         engine.unbind()
     spread = float(expected.std()) or 1.0
     difference = float((found - expected).square().mean().sqrt()) / spread
-    if not difference <= _TOLERANCE[engine.card.kv_format.dtype]:
+    if not difference <= within:
         raise ModelError(
             f"models of type {kind} are not served: over paged attention this one's logits differ"
             f" by {difference:.2g} standard deviations"

@@ -92,6 +92,9 @@ class SimulatedEngine:
     def scratch(self, slots: int, stride: int) -> SlabArray:
         return np.zeros((slots, stride), np.uint8)
 
+    def use_threads(self, count: int) -> None:
+        pass
+
     def forget(self, sequence: Hashable) -> None:
         pass
 

@@ -18,10 +18,10 @@ class FleetSpec:
     prefill-0, decode-0, mixed-0, and so on.
 
     Workers are dealt to the nodes in turn; each node has one kvstore. `port` is the first router's, 0 lets the kernel
-    choose. `slab_bytes` is per kvstore (None: 1 GiB, or 64 MiB for simulated engines), `threads` per worker (None: the
-    cores shared evenly). `worker_flags` go to every worker; `flags` and `env` add to those of a role ("kvstore",
-    "router", "prefill", "decode", "mixed") or of one process ("decode-1"). `supervise` restarts what dies, on its old
-    port.
+    choose. `slab_bytes` is per kvstore (None: 1 GiB, or 64 MiB for simulated engines), `threads` per worker (None: of
+    those that decode an even share of the cores; prefill workers use all that are left). `worker_flags` go to every
+    worker; `flags` and `env` add to those of a role ("kvstore", "router", "prefill", "decode", "mixed") or of one
+    process ("decode-1"). `supervise` restarts what dies, on its old port.
 
     `places` are those of the nodes (none: all on loopback); the routers run at the first.
 
@@ -78,8 +78,8 @@ class FleetSpec:
 
     def flags_of_worker(self, name: str, role: str, kvstore: str, routers: Sequence[str], run_dir: str) -> list[str]:
         """`kvstore` and `routers` are addresses."""
-        threads = self.threads or max(1, (os.cpu_count() or 1) // len(self.workers))
         flags = ["--worker-id", name, "--kvstore", kvstore, "--routers", ",".join(routers), "--model", self.model]
+        threads = self.threads or (0 if role == "prefill" else max(1, (os.cpu_count() or 1) // len(self.workers)))
         flags += ["--engine", self.engine, "--threads", str(threads)]
         flags += ["--timing-file", f"{run_dir}/{name}.timing.json"]
         if role != "prefill":

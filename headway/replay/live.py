@@ -55,6 +55,7 @@ class Live:
             "--sim-prefill", ",".join(map(str, predictor.prefill)), "--sim-step", ",".join(map(str, predictor.step)),
             "--max-batch", str(hardware.batch), "--chunk-tokens", str(limits.chunk_tokens),
             "--chunk-s", str(limits.chunk_s), "--shared-chunk-s", str(limits.shared_chunk_s),
+            "--itl-objective-s", str(limits.itl_s if limits.itl_s < math.inf else 0),
             "--acquire-timeout-s", "3600",
         ]  # fmt: skip
         return FleetSpec(

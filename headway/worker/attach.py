@@ -12,6 +12,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 
@@ -35,13 +36,14 @@ RENEW_S = 0.5
 
 @dataclass(slots=True)
 class Slab:
-    """The mapped slab: `view` is uint8 [slots, slot_stride]."""
+    """The mapped slab: `view` is uint8 [slots, slot_stride]. `folder`: the kvstore's, the same for all of the node."""
 
     view: SlabArray
     epoch: int
     node_id: str
     total_slots: int
     free_slots: int
+    folder: Path = Path()
 
 
 @dataclass(slots=True)
@@ -161,7 +163,8 @@ class Attachment:
         # Populating a large slab takes longer than the event loop may stand still.
         self._mapped = await asyncio.to_thread(map_slab, welcome, self._device)
         view, slots = self._mapped.view, welcome.total_slots
-        self.slab = Slab(view, welcome.epoch, welcome.node_id, slots, slots)
+        folder = Path(welcome.socket_path).parent
+        self.slab = Slab(view, welcome.epoch, welcome.node_id, slots, slots, folder)
         self._was_attached = True
         self._session = session
         log.info("kvstore=%s event=attached slots=%d epoch=%d", self._address, welcome.total_slots, welcome.epoch)

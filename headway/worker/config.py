@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from headway.slab.device import KINDS, valid_name
 
 ORDERS = tuple(rule.value for rule in Rule)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("float", "bfloat16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,30 @@ class WorkerConfig:
     model: str = option("smollm2", "name of an added model, or a folder in Hugging Face format")
     engine: str = option("auto", "auto: transformers; sim: simulated engine", choices=("auto", "sim"))
     device: str = option("cpu", f"where the model computes and the node's slab lies: {KINDS}")
-    dtype: str = option("auto", "of weights and KV; auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)
-    threads: int = option(0, "compute threads; 0: all cores")
+    dtype: str = option("auto", "of the model; auto: float32 on a CPU, bfloat16 on a GPU", choices=DTYPES)
+    weights: str = option("float", "float: as dtype says; else how linear layers are kept, on a CPU", choices=WEIGHTS)
+    kv_dtype: str = option("auto", "of K and V in the slab; auto: as dtype says", choices=(*DTYPES, "int8"))
+    threads: int = option(0, "compute threads, at most; 0: all cores, half of them for a decode worker")
+    keep_cores: int = option(
+        -1,
+        "cores of its own while it has sequences; 0: it yields; -1: prefill yields, others keep their threads",
+    )
+    copy_bytes: int = option(
+        0, "that K and V of sequences that decode may take beside the slab; 0: as much as the slab"
+    )
     max_batch: int = option(64, "sequences in one forward")
     chunk_tokens: int = option(8192, "prompt tokens in one forward, at most")
-    chunk_s: float = option(0.5, "seconds that a forward of prompts may take")
+    chunk_s: float = option(0.15, "seconds that a forward of prompts may take: a shorter prompt waits for it")
     shared_chunk_s: float = option(0.1, "seconds that prompts may add to a forward in which other sequences decode")
+    itl_objective_s: float = option(
+        0.1, "seconds between tokens, which prompts beside them leave room for; 0: no limit"
+    )
     order: str = option(
         "shortest", "in which order prompts are computed: shortest first, by arrival, or wspt", choices=ORDERS
     )
     ageing: float = option(0.1, "of the order shortest: what a second of waiting counts for against one of computing")
     timing_file: str = option("", "keeps over restarts how fast this worker was; empty: measure at each start")
-    measure_s: float = option(0.5, "how long a worker without a timing file's figures may measure itself at its start")
+    measure_s: float = option(1.0, "how long a worker without a timing file's figures may measure itself at its start")
     growth_tokens: int = option(128, "tokens of slots reserved for the answer before its first token")
     acquire_timeout_s: float = option(30.0, "how long a request may wait for slots")
     drain_s: float = option(30.0, "how long running sequences may go on after SIGTERM")
@@ -62,7 +76,7 @@ class WorkerConfig:
         for name in ("chunk_s", "shared_chunk_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be above 0")
-        for name in ("ageing", "measure_s"):
+        for name in ("ageing", "measure_s", "itl_objective_s", "copy_bytes"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 0")
         for name in ("max_batch", "chunk_tokens", "growth_tokens"):
@@ -81,8 +95,14 @@ class WorkerConfig:
         return "bfloat16" if self.on_gpu else "float32"
 
     @property
+    def kv_format_dtype(self) -> str:
+        """`kv_dtype` with its default filled in."""
+        return self.model_dtype if self.kv_dtype == "auto" else self.kv_dtype
+
+    @property
     def limits(self) -> StepLimits:
-        return StepLimits(self.max_batch, self.chunk_tokens, self.chunk_s, self.shared_chunk_s)
+        itl_s = self.itl_objective_s or math.inf
+        return StepLimits(self.max_batch, self.chunk_tokens, self.chunk_s, self.shared_chunk_s, itl_s)
 
     @property
     def prompt_order(self) -> Order:

@@ -20,27 +20,44 @@ Result = Drawn | None | Exception
 
 
 class Forwards:
-    """One at a time. What each took goes to `timing`, and to the accounts of the tenants whose prompts it computed.
+    """One at a time. What each took goes to the accounts of the tenants whose prompts it computed.
 
-    `is_bound`: whether the engine has a slab; without one nothing may be computed.
+    `is_bound`: whether the engine has a slab; without one nothing may be computed. `prepare`: called first of all in
+    the engine's thread.
     """
 
-    def __init__(self, engine: Engine, timing: Timing, fairness: Fairness, is_bound: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        fairness: Fairness,
+        is_bound: Callable[[], bool],
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
         self._engine = engine
-        self._timing = timing
         self._fairness = fairness
         self._is_bound = is_bound
-        self._thread = ThreadPoolExecutor(1, "engine")
+        self._threads: int | None = None
+        self._thread = ThreadPoolExecutor(1, "engine", prepare)
 
-    async def run(self, work: list[Work[Sequence]], chunks: list[Chunk]) -> list[Result]:
-        """The result of each chunk: what was drawn, None where nothing was, or why it failed."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work, chunks)
+    async def run(
+        self, work: list[Work[Sequence]], chunks: list[Chunk], timing: Timing, threads: int | None = None
+    ) -> list[Result]:
+        """The result of each chunk: what was drawn, None where nothing was, or why it failed. What it took goes to
+        `timing`. threads: to compute with; None leaves them.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._run, work, chunks, timing, threads)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, work: list[Work[Sequence]], chunks: list[Chunk]) -> list[Result]:
+    def _run(
+        self, work: list[Work[Sequence]], chunks: list[Chunk], timing: Timing, threads: int | None
+    ) -> list[Result]:
         """When the batch fails, each chunk runs alone, so that only the culprit fails."""
+        if threads is not None and threads != self._threads:
+            self._engine.use_threads(threads)
+            self._threads = threads
         started = time.monotonic()
         try:
             results: list[Result] = list(self._engine.forward(chunks))
@@ -49,7 +66,7 @@ class Forwards:
         except Exception:
             log.exception("event=forward_failed sequences=%d", len(chunks))
             return [self._run_alone(chunk) for chunk in chunks]
-        self._took(work, time.monotonic() - started)
+        self._took(work, timing, time.monotonic() - started)
         return results
 
     def _run_alone(self, chunk: Chunk) -> Result:
@@ -60,10 +77,10 @@ class Forwards:
         except Exception as error:
             return error
 
-    def _took(self, work: list[Work[Sequence]], seconds: float) -> None:
+    def _took(self, work: list[Work[Sequence]], timing: Timing, seconds: float) -> None:
         prompts = [(item.count, item.start) for item in work if not item.sequence.decoding]
         decoding = [item.sequence for item in work if item.sequence.decoding]
-        self._timing.observe(ForwardWork(prompts, len(decoding), sum(s.computed for s in decoding)), seconds)
+        timing.observe(ForwardWork(prompts, len(decoding), sum(s.computed for s in decoding)), seconds)
         new = sum(count for count, _ in prompts)
         for item in work:
             if not item.sequence.decoding:

@@ -24,6 +24,7 @@ from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker.active import Active, Interrupt, Phase, Sink
 from headway.worker.attach import Slab
 from headway.worker.convert import failure
+from headway.worker.cores import Share, yield_to_others
 from headway.worker.forwards import Forwards, Result
 from headway.worker.leases import Leases
 from headway.worker.lost import check_device
@@ -47,13 +48,18 @@ class EngineLoop:
         *,
         growth_tokens: int,
         acquire_timeout_s: float,
+        share: Share | None = None,
         on_load: Callable[[], None] = lambda: None,
         on_prompt: Callable[[str], None] = lambda router_id: None,
     ) -> None:
         self._engine = engine
         self._limits = limits
         self.order = order
+        # Of forwards with as many threads as the last one had.
         self.timing = timing
+        # None: the engine's threads are its own affair.
+        self._share = share
+        self._timings = {share.threads: timing} if share else {}
         self.fairness = Fairness()
         # Of the tenants that waited when the last forward was planned.
         self.debts: Mapping[str, float] = NO_DEBTS
@@ -75,13 +81,16 @@ class EngineLoop:
         self._wake = asyncio.Event()
         self._between_steps = asyncio.Event()
         self._between_steps.set()
-        self._forwards = Forwards(engine, timing, self.fairness, is_bound=lambda: self.slab is not None)
+        prepare = yield_to_others if share and share.yields else lambda: None
+        self._forwards = Forwards(engine, self.fairness, lambda: self.slab is not None, prepare)
         self.slab: Slab | None = None
 
     # ------------------------------------------------------------------ attachment
 
     def attached(self, slab: Slab) -> None:
         self._engine.bind(slab.view)
+        if self._share:
+            self._share.attached(slab.folder)
         self.slab = slab
         self._on_load()
 
@@ -175,14 +184,17 @@ class EngineLoop:
     async def run(self) -> None:
         """Step while there is work; wait otherwise. Raises HeadwayError when the device does not work any more."""
         while True:
+            threads = self._take_cores()
             work = self._plan() if self.slab is not None else []
             if not work:
+                if self._share:
+                    self._share.idle()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             self._between_steps.clear()
             try:
-                results = await self._forwards.run(work, self._chunks(work))
+                results = await self._forwards.run(work, self._chunks(work), self.timing, threads)
                 if self.slab is None:
                     # The store was free to give out anew what was read meanwhile.
                     results = [DeviceLost("the kvstore of this node went away")] * len(work)
@@ -194,6 +206,16 @@ class EngineLoop:
 
     def close(self) -> None:
         self._forwards.close()
+
+    def _take_cores(self) -> int | None:
+        """The threads of the next forward, and what forwards with them take."""
+        if self._share is None:
+            return None
+        threads = self._share.begin()
+        if threads not in self._timings:
+            self._timings[threads] = self._timings[self._share.threads].times(self._share.threads / threads)
+        self.timing = self._timings[threads]
+        return threads
 
     def _plan(self) -> list[Work[Sequence]]:
         ready = [active.sequence for active in self._actives.values() if active.runnable]

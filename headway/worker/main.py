@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -25,8 +26,9 @@ from headway.v1 import common_pb2, router_pb2
 from headway.worker.announce import Announcer
 from headway.worker.attach import Attachment
 from headway.worker.config import WorkerConfig
+from headway.worker.cores import Cores, Share
 from headway.worker.loop import EngineLoop
-from headway.worker.measure import TimingFile, measure
+from headway.worker.measure import TimingFile, alone, measure
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,24 @@ HEARD_S = 0.2
 AddServicer = Callable[[grpc.aio.Server, EngineLoop, ModelCard], None]
 
 
-def make_engine(config: WorkerConfig) -> Engine:
+def share_of(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Share | None:
+    """Of the node's cores; None where the worker does not compute on them."""
+    if config.on_gpu or config.engine == "sim":
+        return None
+    threads, keep = cores_of(config, role)
+    return Share(Cores(), threads, keep)
+
+
+def cores_of(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> tuple[int, int]:
+    """(threads, cores to keep), with what is not configured filled in."""
+    cores, keep = len(os.sched_getaffinity(0)), config.keep_cores
+    threads = config.threads or (max(1, cores // 2) if role == common_pb2.WORKER_ROLE_DECODE else cores)
+    if keep < 0:
+        keep = 0 if role == common_pb2.WORKER_ROLE_PREFILL else threads
+    return threads, keep
+
+
+def make_engine(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Engine:
     """The configured engine. Raises HeadwayError with one sentence when the model cannot be served."""
     if config.engine == "sim":
         prefill, step = config.sim_prefill, config.sim_step
@@ -49,10 +68,18 @@ def make_engine(config: WorkerConfig) -> Engine:
     from headway.models import resolve
 
     try:
-        path, threads = str(resolve(config.model)), config.threads or os.cpu_count()
+        path = str(resolve(config.model))
         # The NumPy device is host memory: the model computes on the CPU there.
         device = config.device if config.on_gpu else "cpu"
-        return load_engine(path, dtype=config.model_dtype, threads=threads, device=device)
+        return load_engine(
+            path,
+            dtype=config.model_dtype,
+            weights=config.weights,
+            kv_dtype=config.kv_format_dtype,
+            threads=cores_of(config, role)[0],
+            device=device,
+            copy_bytes=config.copy_bytes,
+        )
     except (ModelError, LookupError, ValueError, OSError) as error:
         raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
 
@@ -66,7 +93,7 @@ async def run_worker(
     server = GrpcServer([service])
     port = server.listen(config.host, config.port)
     device = await asyncio.to_thread(_device, config)
-    engine = await asyncio.to_thread(make_engine, config)
+    engine = await asyncio.to_thread(make_engine, config, role)
     timing, timing_file = Timing(), TimingFile(config.timing_file, _identity(config, engine.card))
     await asyncio.to_thread(_know_speed, config, engine, timing, timing_file)
     # The model's objects live as long as the process: a collection that walked them would stop every stream.
@@ -78,6 +105,7 @@ async def run_worker(
         timing,
         growth_tokens=config.growth_tokens,
         acquire_timeout_s=config.acquire_timeout_s,
+        share=share_of(config, role),
         on_load=lambda: announcer.load_changed(),
         on_prompt=lambda router_id: announcer.prompt_came(router_id),
     )
@@ -136,7 +164,8 @@ def _know_speed(config: WorkerConfig, engine: Engine, timing: Timing, file: Timi
     if file.load(timing) or not config.measure_s:
         return
     try:
-        measure(engine, timing, config.measure_s)
+        with alone() if config.engine != "sim" else contextlib.nullcontext():
+            measure(engine, timing, config.measure_s)
     except Exception:
         log.exception("event=measure_failed")
     file.save(timing)
@@ -165,7 +194,8 @@ async def _work(
 def _identity(config: WorkerConfig, card: ModelCard) -> str:
     """What the speed depends on."""
     simulated = f" {config.sim_prefill} {config.sim_step}" if config.engine == "sim" else ""
-    return f"{card.fingerprint.hex()} {config.device} {config.model_dtype} threads={config.threads}{simulated}"
+    numbers = f"{config.model_dtype} {config.weights} {config.kv_format_dtype}"
+    return f"{card.fingerprint.hex()} {config.device} {numbers} threads={config.threads}{simulated}"
 
 
 def _device(config: WorkerConfig) -> Device | None:

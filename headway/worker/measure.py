@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +32,8 @@ SAVE_S = 60.0
 
 
 def measure(engine: Engine, timing: Timing, seconds: float) -> None:
-    """Time forwards in scratch memory for about `seconds`, at the most one forward longer; the first one is left out.
-
-    `engine` is unbound afterwards.
+    """Time forwards in scratch memory for about `seconds`, at the most two forwards longer; the first of each size, for
+    which kernels are made, is left out. `engine` is unbound afterwards.
     """
     until = time.monotonic() + seconds
     card = engine.card
@@ -50,8 +52,7 @@ def measure(engine: Engine, timing: Timing, seconds: float) -> None:
     # In turns, so that both are known when the time is over soon.
     steps = [ForwardWork((), n, n * context) for n, context in STEPS if context + 1 < card.context_tokens]
     jobs = [job for pair in zip(work, steps, strict=False) for job in pair]
-    first = True
-    for job in jobs * REPEATS:
+    for at_job, job in enumerate(jobs * REPEATS):
         if job.prompts:
             chunks = [prompt(at, *lengths) for at, lengths in enumerate(job.prompts)]
         else:
@@ -59,9 +60,8 @@ def measure(engine: Engine, timing: Timing, seconds: float) -> None:
             # A sequence's first step is not like the others: what the engine keeps beside the slab is made in it.
             engine.forward([step(at, context) for at in range(job.batch)])
             chunks = [step(at, context + 1) for at in range(job.batch)]
-        if first:
+        if at_job < len(jobs):
             engine.forward(chunks)
-            first = False
         started = time.monotonic()
         engine.forward(chunks)
         timing.observe(job, time.monotonic() - started)
@@ -70,7 +70,23 @@ def measure(engine: Engine, timing: Timing, seconds: float) -> None:
         if time.monotonic() > until:
             break
     engine.unbind()
+    timing.anchor()
     log.info("event=measured prefill=%s step=%s", timing.predictor.prefill, timing.predictor.step)
+
+
+@contextlib.contextmanager
+def alone(timeout_s: float = 20.0) -> Iterator[None]:
+    """While no other worker of this user on this machine measures itself; or when that did not come to be in time."""
+    until = time.monotonic() + timeout_s
+    path = Path(tempfile.gettempdir()) / f"headway-measure-{os.getuid()}"
+    with path.open("w") as file:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.02)
+        yield
 
 
 class TimingFile:

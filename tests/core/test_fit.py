@@ -51,6 +51,34 @@ def test_a_worker_that_became_twice_as_slow_is_followed() -> None:
     assert timing.predictor.prefill_s(1000, 0) == pytest.approx(2 * TRUE.prefill_s(1000, 0), rel=0.1)
 
 
+SLOW = Predictor((0.04, 6e-4, 1e-6))
+
+
+def test_who_computes_short_prompts_for_long_still_knows_what_a_long_one_takes() -> None:
+    """Of short prompts of one length alone nobody can tell what each of the coefficients is."""
+    timing, draw = Timing(), random.Random(1)
+    for new in (32, 128, 512, 1024):
+        timing.observe(ForwardWork([(new, 0)]), SLOW.prefill_s(new, 0))
+    timing.anchor()
+    for _ in range(3000):
+        timing.observe(ForwardWork([(64, 0)]), SLOW.prefill_s(64, 0) * draw.lognormvariate(0, 0.1))
+    assert timing.predictor.prefill_s(64, 0) == pytest.approx(SLOW.prefill_s(64, 0), rel=0.05)
+    assert timing.predictor.prefill_s(1500, 0) == pytest.approx(SLOW.prefill_s(1500, 0), rel=0.25)
+
+
+def test_what_is_known_of_some_threads_is_where_others_start() -> None:
+    timing, draw = Timing(), random.Random(1)
+    for new in (32, 128, 512, 1024):
+        timing.observe(ForwardWork([(new, 0)]), SLOW.prefill_s(new, 0))
+    half = timing.times(2.0)
+    assert half.predictor.prefill_s(1500, 0) == pytest.approx(2 * SLOW.prefill_s(1500, 0), rel=1e-6)
+    assert half.prefill_token_s == 0.0
+    for _ in range(3000):
+        half.observe(ForwardWork([(64, 0)]), 1.7 * SLOW.prefill_s(64, 0) * draw.lognormvariate(0, 0.1))
+    assert half.predictor.prefill_s(64, 0) == pytest.approx(1.7 * SLOW.prefill_s(64, 0), rel=0.05)
+    assert half.predictor.prefill_s(1500, 0) == pytest.approx(1.85 * SLOW.prefill_s(1500, 0), rel=0.25)
+
+
 def test_one_observation_replaces_the_guess() -> None:
     timing = Timing()
     assert timing.prefill_token_s == 0.0

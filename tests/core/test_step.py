@@ -58,6 +58,10 @@ def test_the_budget_of_a_forward_is_one_of_time() -> None:
     assert tokens(StepLimits(8, 8192, 0.5, 0.1), fast) == 500
     assert tokens(StepLimits(8, 8192, 0.5, 0.1), fast, decoding) == 100
     assert tokens(StepLimits(8, 8192, 0.5, 0.1), Predictor((0.0, 1.0, 0.0)), decoding) == 16
+    stepping = Predictor((0.0, 0.001, 0.0), (0.1, 0.0, 0.0))
+    assert tokens(StepLimits(8, 8192, 0.5, 0.1, itl_s=0.1505), stepping, decoding) == 50
+    assert tokens(StepLimits(8, 8192, 0.5, 0.1, itl_s=0.05), stepping, decoding) == 16
+    assert tokens(StepLimits(8, 8192, 0.5, 0.1, itl_s=0.05), stepping) == 500
     assert tokens(StepLimits(8, 128, 0.5, 0.1), Predictor()) == 128
     # The forward's own cost is not the chunk's; attention makes later tokens dearer.
     assert tokens(StepLimits(8, 8192, 0.5, 0.1), Predictor((9.0, 0.001, 0.0))) == 500

@@ -51,6 +51,15 @@ class Driver:
         table = own if shared is None else np.concatenate([shared.table[:keep], own])
         return Running(list(prompt), len(prompt), table, sampling or Sampling(), keep * self._block)
 
+    @property
+    def free_slots(self) -> int:
+        return len(self._free)
+
+    def end(self, sequence: Running) -> None:
+        """It is over; its slots, which it shares with nobody, are free."""
+        self.engine.forget(sequence)
+        self._free += [int(slot) for slot in sequence.table]
+
     def prefill(self, running: Sequence[Running]) -> None:
         """Each prompt in a forward of its own, to its first token."""
         self.engine.bind(self._bound)

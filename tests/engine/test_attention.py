@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.core.model import KvFormat, LayerGroup
+from headway.engine import attention
 from headway.engine.attention import paged_attention
 from headway.engine.contract import Chunk
 from headway.engine.errors import ModelError
-from headway.engine.pages import ORDER, Pages, Plan
+from headway.engine.pages import ORDER, Pages, Plan, Span
 from headway.engine.plan_cpu import plan_cpu
 from headway.engine.plan_device import Gathered, moved, plan_device, vectors, with_vectors
 from headway.engine.working import Copies
@@ -113,6 +114,19 @@ def test_equals_dense_attention(
             done[at] += sequences[at][turn]
 
 
+@pytest.mark.parametrize("before", [0, 7])
+@pytest.mark.parametrize("rows", [2, 4, 11])
+def test_products_in_bfloat16_equal_dense_attention(rows: int, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SLICE", 4)
+    generator = torch.Generator().manual_seed(rows)
+    length = before + rows
+    q, k, v = (torch.randn(heads, length, DIM, generator=generator).to(torch.bfloat16) for heads in (6, 2, 2))
+    span = Span(0, rows, length, torch.zeros(0, dtype=torch.int64), None)
+    found = attention._attend_half(q[:, before:], k, v, span, 0.3)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.double(), dense(q, k, v, 0.3)[:, before:], atol=0.03)
+
+
 def test_sequences_of_one_length_decode_together(monkeypatch: pytest.MonkeyPatch) -> None:
     pages, _ = pages_of(4, 1, 64)
     lengths = [30, 3, 31, 4, 9]
@@ -183,7 +197,7 @@ def test_consecutive_slots_are_written_as_one_run() -> None:
 def test_gather_leaves_out_what_lies_past_the_end() -> None:
     pages, slab = pages_of(4, 1, 3)
     plan = plain(pages, [Chunk([0] * 5, 0, np.array([2, 0], np.int32), None)])
-    plan.store(1, torch.ones(5, 1, DIM), torch.full((5, 1, DIM), 2.0))
+    plan.store(1, torch.stack([torch.ones(5, 1, DIM), torch.full((5, 1, DIM), 2.0)], 1))
     key, value = pages.gather(1, plan.spans[0].blocks, 5)
     assert key.shape == (5, 1, DIM)
     assert bool((key == 1).all())

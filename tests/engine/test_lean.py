@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from headway.engine import linear as linears
 from headway.engine.lean import LeanDecoder, read_decoder
-from headway.engine.linear import PackedLinear, PlainLinear, pack_linears, take_linear
+from headway.engine.linear import PackedLinear, PlainLinear, change_linears, form_of, take_linear
 from headway.engine.load import load_engine
 from headway.engine.model import TorchEngine
 from headway.engine.quiet import quiet
@@ -36,7 +36,7 @@ def layer(bias: bool = True, outputs: int = 24) -> torch.nn.Linear:
 @pytest.mark.parametrize("packs", [True, False])
 @torch.inference_mode()
 def test_layers_side_by_side_are_the_layers_one_after_the_other(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_packs", packs and linears.packs())
+    monkeypatch.setattr(linears, "_packs", {torch.float32: packs and linears.packs()})
     parts = [layer(), layer(bias=False, outputs=8)]
     for rows in (1, 7, 200):
         x = torch.randn(rows, 40)
@@ -47,10 +47,10 @@ def test_layers_side_by_side_are_the_layers_one_after_the_other(packs: bool, mon
 
 
 def test_packed_weights_that_are_missing_or_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_packs", None)
+    monkeypatch.setattr(linears, "_packs", {})
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: linear(x, x.new_ones(96, 64)))
     assert not linears.packs()
-    monkeypatch.setattr(linears, "_packs", None)
+    monkeypatch.setattr(linears, "_packs", {})
 
     def missing(self: object, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
@@ -63,7 +63,7 @@ def test_packed_weights_that_are_missing_or_wrong_are_not_used(monkeypatch: pyte
 @torch.inference_mode()
 def test_every_linear_of_a_model_is_replaced() -> None:
     model = torch.nn.Sequential(layer(), torch.nn.Sequential(layer(outputs=40), torch.nn.ReLU()))
-    pack_linears(model)
+    change_linears(model, form_of(torch.float32))
     assert not any(type(module) is torch.nn.Linear for module in model.modules())
     assert model[0](torch.randn(3, 40)).shape == (3, 24)
 
@@ -83,6 +83,6 @@ def test_weights_are_kept_once(tmp_path: Path) -> None:
     """Those of the model's own modules go as they are packed."""
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(str(save_model(tmp_path / "qwen2", FAMILIES["qwen2"]())))
-    assert read_decoder(model) is not None
+    assert read_decoder(model, form_of(torch.float32)) is not None
     left = {name for name, _ in model.named_parameters()}
     assert not [name for name in left if name.endswith(("proj.weight", "lm_head.weight"))]

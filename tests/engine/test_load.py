@@ -117,7 +117,7 @@ def test_a_wrong_attention_is_caught_by_the_proof(made: Path, monkeypatch: pytes
         return paged_attention(*arguments, **keywords | {"scaling": 1.0})
 
     monkeypatch.setattr(load, "paged_attention", unscaled)
-    monkeypatch.setattr(load, "read_decoder", lambda model: None)
+    monkeypatch.setattr(load, "read_decoder", lambda model, form: None)
     with pytest.raises(ModelError, match="logits differ"):
         load_engine(str(made))
 

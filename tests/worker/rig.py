@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from headway.core.fit import Timing
 from headway.core.keys import block_keys
@@ -17,6 +20,7 @@ from headway.engine.contract import Chunk, Draw, Drawn
 from headway.engine.simulated import SimulatedEngine, expected_tokens, simulated_card
 from headway.v1 import common_pb2
 from headway.worker.active import Active
+from headway.worker.cores import Share
 from headway.worker.loop import EngineLoop
 from tests.worker.store import LittleStore
 
@@ -72,14 +76,43 @@ class GatedEngine(SimulatedEngine):
 
 
 class Bench:
-    """A loop with its engine and store."""
+    """A loop with its engine and store. `folder`: of the kvstore."""
 
-    def __init__(self, limits: StepLimits) -> None:
-        self.engine, self.store = GatedEngine(), LittleStore()
-        self.loop = EngineLoop(self.engine, limits, Order(), Timing(), growth_tokens=16, acquire_timeout_s=1.0)
+    def __init__(
+        self,
+        limits: StepLimits,
+        *,
+        engine: GatedEngine | None = None,
+        share: Share | None = None,
+        timing: Timing | None = None,
+        folder: Path = Path(),
+    ) -> None:
+        self.engine, self.store = engine or GatedEngine(), LittleStore()
+        self.loop = EngineLoop(
+            self.engine,
+            limits,
+            Order(),
+            timing or Timing(),
+            growth_tokens=16,
+            acquire_timeout_s=1.0,
+            share=share,
+        )
         self.loop.leases.use(self.store)  # type: ignore[arg-type]
-        self.loop.attached(self.store.slab())
         self.task: asyncio.Task[None] | None = None
+        self.loop.attached(replace(self.store.slab(), folder=folder))
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Bench]:
+        """With its loop; whatever was done: the engine keeps nothing of a sequence that is over."""
+        task = self.task = asyncio.create_task(self.loop.run())
+        try:
+            yield self
+        finally:
+            self.engine.gate.release(1000)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self.loop.close()
+        assert self.engine.known <= {active.sequence for active in self.loop.actives}
 
 
 def sequence(prompt: Sequence[int], max_tokens: int = 40) -> Running:

@@ -18,15 +18,8 @@ from tests.worker.rig import Bench, Heard, expected, sequence, until_over
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
-    bench = Bench(StepLimits(8, 64))
-    task = bench.task = asyncio.create_task(bench.loop.run())
-    yield bench
-    bench.engine.gate.release(1000)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    bench.loop.close()
-    # Whatever a test did: the engine keeps nothing of a sequence that is over.
-    assert bench.engine.known <= {active.sequence for active in bench.loop.actives}
+    async with Bench(StepLimits(8, 64)).running() as running:
+        yield running
 
 
 async def test_prefill_hands_over_and_decode_goes_on_in_the_same_slots(bench: Bench) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from headway.core.fit import ForwardWork, Timing
 from headway.engine.simulated import Latency, SimulatedEngine, simulated_card
-from headway.worker.measure import TimingFile, measure
+from headway.worker.measure import TimingFile, alone, measure
 
 
 def test_a_short_measurement_finds_the_speed() -> None:
@@ -28,6 +29,20 @@ def test_a_slow_engine_is_not_measured_for_long() -> None:
     timing = Timing()
     measure(engine, timing, 0.1)
     assert (timing.prefill.count, timing.step.count) == (1, 0)
+
+
+def test_workers_measure_themselves_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    started = time.monotonic()
+    with alone():
+        assert time.monotonic() - started < 0.5
+        # Another one waits, though not for ever.
+        with alone(0.2):
+            assert time.monotonic() - started >= 0.2
+    started = time.monotonic()
+    with alone():
+        assert time.monotonic() - started < 0.5
 
 
 def test_what_was_learned_is_kept_for_the_same_model_and_place(tmp_path: Path) -> None:
