@@ -1,36 +1,54 @@
-"""The engine by itself: prefill and decode beside other engines on the same model, in turns.
+"""The engine by itself: prefill and decode beside other engines on the same model, in turns; and what rounding costs.
 
 python -m bench.engine [--peers transformers] [--threads 1,2] [--repeats 5] [--quick]
+    [--peers-python PYTHON --openvino-model FILE.gguf]
 
-Each engine is a process of its own, of which one works at a time. --quick: two sizes, two repeats.
+Each engine is a process of its own, of which one works at a time. OpenVINO runs with the python that has it
+(pip install openvino-genai), from the GGUF file that the default model was made of. --quick: two sizes, two repeats.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+from bench.engine.quality import FEW, MANY, Quality, compare, log_probabilities, read_texts
 from bench.report import finish, mark, median, progress
+from headway.engine.load import load_engine
 from headway.models import resolve
 
 PREFILL, DECODE = (128, 512, 1024, 2048), (1, 4, 8, 16)
 MODEL = "smollm2"
-# phase, size → times the peer's speed.
+OURS = ("headway", "headway-bfloat16", "headway-int8", "headway-int4")
+# Of each text, for quality.
+TOKENS = 256
+FORMATS = (
+    ("float", "bfloat16"), ("float", "int8"), ("bfloat16", "bfloat16"), ("int8", "bfloat16"), ("int4", "bfloat16"),
+    ("int4", "int8"),
+)  # fmt: skip
+# The one of OURS that the marks of rounded weights are about.
+ROUNDED, ROUNDED_FORMAT = "headway-int4", "int4, KV bfloat16"
+# phase, size, engine, engine it is compared with, least ratio.
 MARKS = {
-    "f32_prefill_vs_transformers": ("prefill", 512, 1.1),
-    "f32_decode_b8_vs_transformers": ("decode", 8, 1.3),
-    "f32_decode_b16_vs_transformers": ("decode", 16, 1.5),
+    "f32_prefill_vs_transformers": ("prefill", 512, "headway", "transformers", 1.1),
+    "f32_decode_b8_vs_transformers": ("decode", 8, "headway", "transformers", 1.3),
+    "f32_decode_b16_vs_transformers": ("decode", 16, "headway", "transformers", 1.5),
+    "quant_decode_b4_vs_f32": ("decode", 4, ROUNDED, "headway", 1.5),
+    "quant_decode_b8_vs_openvino": ("decode", 8, ROUNDED, "openvino", 0.9),
 }
 
 
 class Child:
     """An engine in its process; see bench.engine.child."""
 
-    def __init__(self, name: str, folder: str, threads: int) -> None:
-        command = [sys.executable, "-m", "bench.engine.child", name, folder, str(threads)]
+    def __init__(self, python: str, name: str, model: str, threads: int) -> None:
+        command = [python, "-m", "bench.engine.child", name, model, str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._read()
 
@@ -53,13 +71,12 @@ class Child:
         return dict(json.loads(line))
 
 
-def compare(names: list[str], threads: int, repeats: int, sizes: list[tuple[str, int]]) -> dict[str, Any]:
-    """phase → size → engine → tokens a second, medians; the engines take turns."""
-    folder = str(resolve(MODEL))
-    children = {name: Child(name, folder, threads) for name in names}
+def compare_speeds(makers: dict[str, tuple[str, str]], threads: int, repeats: int, sizes: list[tuple[str, int]]) -> Any:
+    """phase → size → engine → tokens a second, medians; the engines take turns. makers: name → (python, model)."""
+    children = {name: Child(python, name, model, threads) for name, (python, model) in makers.items()}
     table: dict[str, Any] = {"prefill": {}, "decode": {}}
     for phase, size in sizes:
-        times: dict[str, list[float]] = {name: [] for name in names}
+        times: dict[str, list[float]] = {name: [] for name in makers}
         for _ in range(repeats):
             for name, child in children.items():
                 times[name].append(child.seconds(phase, size))
@@ -71,26 +88,70 @@ def compare(names: list[str], threads: int, repeats: int, sizes: list[tuple[str,
     return table
 
 
+def limits(threads: str) -> dict[str, float]:
+    """See bench.engine.limits."""
+    command = [sys.executable, "-m", "bench.engine.limits", threads]
+    return dict(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+
+def qualities(tokens: int) -> dict[str, Any]:
+    """weights and dtype of KV → rows a forward → quality against float32, each text's and their mean."""
+    folder = resolve(MODEL)
+    texts = read_texts(folder, tokens)
+    engine = load_engine(str(folder))
+    exact = {name: log_probabilities(engine, ids, MANY) for name, ids in texts.items()}
+    found: dict[str, Any] = {}
+    for weights, kv_dtype in FORMATS:
+        engine = load_engine(str(folder), weights=weights, kv_dtype=kv_dtype)
+        row = found[f"{weights}, KV {kv_dtype}"] = {"kv_bytes_per_token": engine.card.kv_format.bytes_per_token}
+        for rows in (FEW, MANY):
+            row[f"{rows} rows"] = by_text = {
+                text: compare(exact[text], log_probabilities(engine, ids, rows), ids) for text, ids in texts.items()
+            }
+            by_text["mean"] = Quality(*(statistics.fmean(values) for values in zip(*by_text.values(), strict=True)))
+            progress(f"{weights}, KV {kv_dtype}, {rows} rows: {by_text['mean']}")
+    return found
+
+
+def marks(table: dict[str, Any], quality: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, (phase, size, ours, theirs, least) in MARKS.items():
+        row = table[phase].get(str(size), {})
+        if ours in row and theirs in row:
+            found[name] = mark(row[ours] / row[theirs], least, "ratio", at_most=False)
+    # The worse of the two ways in which rounded weights are multiplied.
+    means = [quality[ROUNDED_FORMAT][f"{rows} rows"]["mean"] for rows in (FEW, MANY)]
+    found["quant_top1"] = mark(min(mean.top1 for mean in means), 0.95, "share", at_most=False)
+    found["quant_ppl_ratio"] = mark(max(mean.ppl_ratio for mean in means), 1.02, "ratio", at_most=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.engine", description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", default="transformers", help="separated by commas")
+    parser.add_argument("--peers", default="transformers", help="separated by commas: transformers, openvino")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peers-python", default=os.environ.get("HEADWAY_PEERS_PYTHON", sys.executable))
+    parser.add_argument("--openvino-model", type=Path, default=Path(), help="GGUF file, or a folder of its own format")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    names = ["headway", *filter(None, arguments.peers.split(","))]
+    folder = str(resolve(MODEL))
+    makers = dict.fromkeys(OURS, (sys.executable, folder))
+    for peer in filter(None, arguments.peers.split(",")):
+        theirs = arguments.peers_python, str(arguments.openvino_model)
+        makers[peer] = theirs if peer == "openvino" else (sys.executable, folder)
     sizes = [("prefill", size) for size in PREFILL] + [("decode", size) for size in DECODE]
     if arguments.quick:
         sizes = [("prefill", 128), ("decode", 4)]
     repeats = 2 if arguments.quick else arguments.repeats
-    by_threads = {threads: compare(names, int(threads), repeats, sizes) for threads in arguments.threads.split(",")}
-    marks = {}
-    most = by_threads[max(by_threads, key=int)]
-    for name, (phase, size, least) in MARKS.items():
-        row = most[phase].get(str(size), {})
-        if "transformers" in row:
-            marks[name] = mark(row["headway"] / row["transformers"], least, "ratio", at_most=False)
-    finish("engine", {"model": MODEL, "repeats": repeats, "tokens_per_s": by_threads, "marks": marks})
+    threads = arguments.threads.split(",")
+    machine = {count: limits(count) for count in threads}
+    progress(f"limits by threads: {machine}")
+    tables = {count: compare_speeds(makers, int(count), repeats, sizes) for count in threads}
+    quality = qualities(64 if arguments.quick else TOKENS)
+    most = tables[max(tables, key=int)]
+    result = {"model": MODEL, "repeats": repeats, "limits": machine, "tokens_per_s": tables, "quality": quality}
+    finish("engine", {**result, "marks": marks(most, quality)})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """One engine in a process of its own: reads a JSON line {"phase", "size"}, answers with the seconds that it took.
 
-python -m bench.engine.child NAME MODEL_FOLDER THREADS
+python -m bench.engine.child NAME MODEL THREADS
 
-prefill: one prompt of `size` tokens, to its first token. decode: a step of `size` sequences that have 512 tokens each.
+MODEL: a folder, of OpenVINO a folder or a GGUF file. prefill: one prompt of `size` tokens, to its first token.
+decode: a step of `size` sequences that have 512 tokens each.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 CONTEXT = 512
 STEPS = 8
@@ -35,15 +34,17 @@ class Subject(ABC):
 
 
 class Headway(Subject):
-    """Ours, in a slab of its own, its blocks in no order."""
+    """Ours, in a slab of its own, its blocks in no order. `weights` and `kv_dtype` as `load_engine` takes them."""
 
-    def __init__(self, folder: str, threads: int) -> None:
+    def __init__(self, folder: str, threads: int, weights: str = "float", kv_dtype: str = "float32") -> None:
+        import numpy as np
+
         from headway.core.sampling import Sampling
         from headway.engine.contract import Chunk, Draw
         from headway.engine.load import load_engine
 
         self._chunk, self._draw = Chunk, Draw(Sampling(), 0)
-        self._engine = load_engine(folder, threads=threads)
+        self._engine = load_engine(folder, threads=threads, weights=weights, kv_dtype=kv_dtype)
         kv_format = self._engine.card.kv_format
         self._blocks = -(-4096 // kv_format.block_size)
         self._tables = np.random.default_rng(1).permutation(16 * self._blocks).astype(np.int32).reshape(16, -1)
@@ -113,7 +114,63 @@ class Transformers(Subject):
             return output
 
 
-SUBJECTS: dict[str, Callable[[str, int], Subject]] = {"headway": Headway, "transformers": Transformers}
+class OpenVino(Subject):
+    """OpenVINO GenAI's continuous batching, from GGUF with the weights as they are there; greedy."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        import openvino
+        import openvino_genai
+
+        self._tensor, self._config = openvino.Tensor, openvino_genai.GenerationConfig
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.cache_size, scheduler.max_num_batched_tokens = 2, 2048
+        properties = {"INFERENCE_NUM_THREADS": threads}
+        self._pipeline: Any = openvino_genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
+        self._requests = 0
+
+    def prefill(self, prompt: list[int]) -> None:
+        handle = self._add(prompt, 1)  # a request whose handle goes is given up
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        assert handle.read()[0].generated_ids
+
+    def batch(self, prompts: list[list[int]]) -> Callable[[], None]:
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+        # Each has its first token once the prompts are through; the steps after that are decoding only.
+        handles = [self._add(prompt, STEPS + 3 + len(prompts)) for prompt in prompts]
+        came = set()
+        while len(came) < len(handles):
+            self._pipeline.step()
+            came |= {at for at, handle in enumerate(handles) if handle.can_read() and handle.read()}
+
+        def step() -> None:
+            self._pipeline.step()
+            assert all(handle.read()[0].generated_ids for handle in handles)
+
+        return step
+
+    def _add(self, prompt: list[int], outputs: int) -> Any:
+        config = self._config()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = outputs, True, False
+        self._requests += 1
+        return self._pipeline.add_request(self._requests, self._tensor(_row(prompt)), config)
+
+
+def _row(ids: list[int]) -> Any:
+    import numpy as np
+
+    return np.array([ids], np.int64)
+
+
+SUBJECTS: dict[str, Callable[[str, int], Subject]] = {
+    "headway": Headway,
+    "headway-bfloat16": lambda folder, threads: Headway(folder, threads, "bfloat16", "bfloat16"),
+    "headway-int8": lambda folder, threads: Headway(folder, threads, "int8", "bfloat16"),
+    "headway-int4": lambda folder, threads: Headway(folder, threads, "int4", "bfloat16"),
+    "transformers": Transformers,
+    "openvino": OpenVino,
+}
 
 
 def measure(subject: Subject, phase: str, size: int) -> float:
@@ -137,8 +194,8 @@ def measure(subject: Subject, phase: str, size: int) -> float:
 
 
 def main() -> None:
-    name, folder, threads = sys.argv[1:]
-    subject = SUBJECTS[name](folder, int(threads))
+    name, model, threads = sys.argv[1:]
+    subject = SUBJECTS[name](model, int(threads))
     subject.prefill(list(range(100, 164)))
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

@@ -1,0 +1,1 @@
+"""Chats beside long prompts, phases apart and together."""
