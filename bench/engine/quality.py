@@ -35,7 +35,9 @@ def read_texts(folder: Path, tokens: int) -> dict[str, list[int]]:
 
 
 def log_probabilities(engine: Engine, ids: list[int], rows: int) -> torch.Tensor:
-    """float32 [len(ids), vocabulary], after each token, `rows` of them a forward."""
+    """float32 [len(ids), vocabulary], after each token, `rows` of them a forward, each over K and V of the slab: linear
+    layers and KV are as when serving; attention of longer chunks and over working copies is not in it.
+    """
     assert isinstance(engine, TorchEngine)
     kv_format = engine.card.kv_format
     slots = -(-len(ids) // kv_format.block_size)

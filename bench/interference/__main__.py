@@ -34,12 +34,12 @@ from headway.models import resolve
 MODEL = "smollm2"
 APART, TOGETHER = "apart", "chunks of 256"
 CHUNKS = (64, 128, 256, 512)
-# Between long prompts → seconds of load.
 Table = dict[str, dict[str, Any]]
 Cases = dict[str, tuple[float | None, float]]
+# Seconds between long prompts, seconds of load.
 CASES: Cases = {"alone": (None, 15.0), "every 8 s": (8.0, 42.0), "every 2 s": (2.0, 16.0)}
 QUICK_S, QUICK_CHUNKS = 12.0, (64, 256)
-ITL_S = {"float": 0.15, "int8": 0.1, "int4": 0.1}
+ITL_S = {"float": 0.15, "bfloat16": 0.1, "int8": 0.1, "int4": 0.1}
 NO_BOUND, NO_OBJECTIVE = "1000", ("--itl-objective-s", "0")
 
 
@@ -62,8 +62,9 @@ def measure(runner: asyncio.Runner, spec: FleetSpec, cases: Cases, itl_s: float)
         fleet.wait_ready()
         # Kernels are made on their first use.
         runner.run(Load(fleet.address, text, 2.0, 5.0, seed=0).run())
-        for case, (every_s, seconds) in cases.items():
-            found[case] = runner.run(Load(fleet.address, text, every_s, seconds, seed=1).run())
+        for seed, (case, (every_s, seconds)) in enumerate(cases.items(), 1):
+            # Other prompts than in the case before, or they would be cached.
+            found[case] = runner.run(Load(fleet.address, text, every_s, seconds, seed).run())
             progress(f"  {case:10s} {figures(found[case], seconds, itl_s)}")
     return found
 

@@ -45,13 +45,15 @@ def figures(seen: Sequence[Seen], seconds: float, itl_s: float) -> dict[str, Any
     longs = [one for one in seen if one.kind == "long"]
     gaps = [gap for one in chats for gap in one.gaps_s]
     sizes = {"stream": PROMPT_TOKENS + OUTPUT_TOKENS, "long": LONG_PROMPT_TOKENS + LONG_OUTPUT_TOKENS}
-    done = [one for one in seen if one.error or len(one.token_s) in (OUTPUT_TOKENS, LONG_OUTPUT_TOKENS)]
+    outputs = {"stream": OUTPUT_TOKENS, "long": LONG_OUTPUT_TOKENS}
+    done = [one for one in seen if len(one.token_s) == outputs[one.kind]]
     return {
         "stream_ttft_ms": _spread([one.ttft_s for one in chats if one.token_s]),
         "stream_itl_ms": _spread(gaps),
         "stream_tokens_per_s": round(sum(len(one.token_s) for one in chats) / seconds, 1),
         "long_ttft_ms": _spread([one.ttft_s for one in longs if one.token_s]),
         "long": len(longs),
+        "long_without_a_token": sum(not one.token_s for one in longs),
         "refused": sum(bool(one.error) for one in seen),
         "good_tokens_per_s": round(sum(sizes[one.kind] for one in done if one.good(itl_s)) / seconds, 1),
     }

@@ -31,7 +31,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     command.add_argument("--engine", default="auto", choices=("auto", "sim"), help="sim: no model, made-up tokens")
     command.add_argument("--port", type=int, default=50051, help="of the router; 0: any (default: %(default)s)")
     command.add_argument("--slab-bytes", type=int, metavar="BYTES", help="KV memory (default: 1 GiB)")
-    command.add_argument("--threads", type=int, metavar="N", help="per worker (default: the cores shared evenly)")
+    command.add_argument("--threads", type=int, metavar="N", help="per worker (default: see FleetSpec)")
     command.add_argument("--run-dir", metavar="DIR", help="for logs and sockets (default: a temporary folder)")
 
 

@@ -76,14 +76,12 @@ class Fit:
         self._anchor = [share * value for value in self._products], [share * value for value in self._targets]
 
     def times(self, factor: float) -> Fit:
-        """One to start from where everything takes so many times as long, and what is known here is its anchor."""
+        """One to start from where everything takes so many times as long, with the same anchor."""
         other = Fit()
-        other._products = [value / (factor * factor) for value in self._products]
-        other._targets = [value / factor for value in self._targets]
-        other.count = self.count
-        other.anchor()
-        other.count, other._products, other._targets = 0, [0.0] * 6, [0.0] * 3
-        other.coefficients = tuple(value * factor for value in self.coefficients)  # type: ignore[assignment]
+        a, b, c = self.coefficients
+        other.coefficients = (a * factor, b * factor, c * factor)
+        products, targets = self._anchor
+        other._anchor = [value / (factor * factor) for value in products], [value / factor for value in targets]
         return other
 
     def _solve(self) -> None:
@@ -95,16 +93,17 @@ class Fit:
 
     def state(self) -> State:
         """To go on from after a restart."""
-        return [*self._products, *self._targets, self.error, self._usual, float(self.count)]
+        products, targets = self._anchor
+        return [*self._products, *self._targets, self.error, self._usual, float(self.count), *products, *targets]
 
     def restore(self, state: Sequence[float]) -> None:
         """Go on from `state`. ValueError when it is none."""
-        if len(state) != 12:
-            raise ValueError(f"a fit's state has 12 numbers, not {len(state)}")
+        if len(state) != 21:
+            raise ValueError(f"a fit's state has 21 numbers, not {len(state)}")
         self._products, self._targets = list(state[:6]), list(state[6:9])
         self.error, self._usual, self.count = state[9], max(state[10], 1e-6), int(state[11])
+        self._anchor = list(state[12:18]), list(state[18:21])
         if self.count:
-            self.anchor()
             self._solve()
 
 

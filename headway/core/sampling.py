@@ -45,8 +45,11 @@ class Sampling:
     @property
     def uses_context(self) -> bool:
         """Whether drawing needs to know the tokens so far."""
-        penalised = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        return penalised or any(len(phrase) > 1 for phrase in self.bad_words)
+        return self.penalises or any(len(phrase) > 1 for phrase in self.bad_words)
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 def _within(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:

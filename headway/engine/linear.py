@@ -99,7 +99,7 @@ def packs(dtype: torch.dtype = torch.float32) -> bool:
     if dtype not in _packs:
         try:
             # Processors without it would compute it by way of float32.
-            fast = dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+            fast = dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
             _packs[dtype] = fast and _differs(dtype) <= _TOLERANCE[dtype]
         except (AttributeError, RuntimeError, TypeError) as error:
             log.info("event=no_packed_weights dtype=%s reason=%s", dtype, str(error).splitlines()[0])

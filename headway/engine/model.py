@@ -52,7 +52,7 @@ class TorchEngine:
         """Use this slab from now on. Raises ValueError where it cannot hold card.kv_format."""
         self._pages = Pages(slab, self.card.kv_format, self.device)
         if self.device.type == "cpu":
-            most = self._copy_bytes or self._pages.slots * self._pages.block_size * self._pages.token_bytes
+            most = self._copy_bytes or self._pages.slots * self.card.kv_format.slot_bytes
             self._copies = Copies(self._pages, most // self._pages.token_bytes)
 
     def unbind(self) -> None:

@@ -88,7 +88,8 @@ def quantised(weights: str) -> Form:
     """Of "bfloat16", "int8" or "int4". Raises ModelError where this torch cannot multiply them."""
     if weights != "bfloat16":
         _check(8 if weights == "int8" else 4)
-    return Form(lambda weight, bias: _make(weights, weight, bias), make_linear, BFLOAT16)
+    dtype = BFLOAT16 if packs(BFLOAT16) else torch.float32
+    return Form(lambda weight, bias: _make(weights, weight, bias), make_linear, dtype)
 
 
 def round_linears(model: nn.Module, weights: str) -> None:

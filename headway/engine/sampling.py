@@ -72,7 +72,8 @@ def adjust(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     values = torch.where(values < 0, values * repetition, values / repetition)
     result[rows, ids] = values - (presence * (outputs > 0) + frequency * outputs)
     for row, draw in enumerate(draws):
-        result[row, _forbidden(draw, vocabulary)] = -torch.inf
+        if draw.sampling.bad_words:
+            result[row, _forbidden(draw, vocabulary)] = -torch.inf
     return result
 
 
@@ -157,7 +158,7 @@ def _counts(draws: Sequence[Draw], vocabulary: int) -> tuple[torch.Tensor, torch
     ids: list[Ids] = [np.zeros(0, np.int64)]
     outputs: list[Ids] = [np.zeros(0, np.int64)]
     for row, draw in enumerate(draws):
-        if draw.sampling.uses_context:
+        if draw.sampling.penalises:
             context = np.asarray(draw.context, np.int64)
             seen = np.unique(context)
             rows.append(np.full(len(seen), row, np.int64))

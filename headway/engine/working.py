@@ -22,6 +22,7 @@ from headway.engine.pages import Pages
 
 # Tokens that the smallest copies have room for; larger ones have room for powers of two times as many.
 LEAST_ROOM = 256
+PAGE_BYTES = 4096
 # Of the copies that lie in one piece of memory, so that they attend in one call.
 SHELF_TOKENS = 8192
 
@@ -30,7 +31,7 @@ class Shelf:
     """Copies with room for `room` tokens each. Of each layer, and of row r head h at r · kv_heads + h: keys [rows ·
     kv_heads, head_dim, room], values [rows · kv_heads, room, head_dim].
 
-    used: tokens of each row that some copy ever had; the memory of the others was never touched, and costs nothing.
+    used: tokens of each row that some copy ever had; memory that no token touched lies nowhere yet.
     """
 
     def __init__(self, pages: Pages, room: int) -> None:
@@ -45,6 +46,13 @@ class Shelf:
     @property
     def idle(self) -> bool:
         return len(self.free) == len(self.used)
+
+    def resident(self, tokens: int) -> int:
+        """Of a row of which so many tokens were used, those whose memory is there: a page of keys has one of each of
+        many tokens.
+        """
+        page: int = PAGE_BYTES // self.keys[0].itemsize
+        return (min(self.room, -(-tokens // page) * page) + tokens) // 2
 
     def put_back(self, row: int) -> None:
         self.free.append(row)
@@ -128,7 +136,8 @@ class Copies:
         if shelf is None:
             shelf = Shelf(self.pages, room)
             self._shelves.append(shelf)
-        more = max(0, tokens - shelf.used[shelf.free[-1]])
+        used = shelf.used[shelf.free[-1]]
+        more = max(0, shelf.resident(tokens) - shelf.resident(used))
         for idle in [other for other in self._shelves if other.idle and other is not shelf]:
             if self._used + more <= self.most_tokens:
                 break
@@ -139,7 +148,7 @@ class Copies:
 
     @property
     def _used(self) -> int:
-        return sum(sum(shelf.used) for shelf in self._shelves)
+        return sum(shelf.resident(used) for shelf in self._shelves for used in shelf.used)
 
     def _fill(self, copy: Copy, tokens: int, blocks: torch.Tensor) -> None:
         lines = slice(copy.row * self.pages.heads, (copy.row + 1) * self.pages.heads)

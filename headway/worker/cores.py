@@ -1,5 +1,5 @@
 """Who computes on which of a node's cores: decode keeps some while it has sequences, prompts take what is left, and
-what prompts do not use decode uses too.
+a decode worker that may have more threads than it keeps uses what prompts do not.
 
 A core that is kept, or used, is a byte of a file that the node's workers share, held by a lock on it. The kernel gives
 locks back when a process dies, however it dies.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-NAME = "cores"
+NAME = f"headway-cores-{os.getuid()}"
 # Kinds of holding a core; each has bytes of its own.
 KEPT, USED = 0, 1
 _MOST = 1 << 16
@@ -27,7 +27,7 @@ class Cores:
     """The cores of a node. Before `open` there is nobody else."""
 
     def __init__(self) -> None:
-        self.count = len(os.sched_getaffinity(0))
+        self.ids = sorted(os.sched_getaffinity(0))
         self._file: int | None = None
         self._held: dict[int, list[int]] = {KEPT: [], USED: []}
 
@@ -52,7 +52,7 @@ class Cores:
             return
         while len(held) > count:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, held.pop())
-        for byte in range(kind * _MOST, kind * _MOST + self.count):
+        for byte in (kind * _MOST + core for core in self.ids):
             if len(held) == count:
                 break
             if byte in held:
@@ -65,16 +65,18 @@ class Cores:
 
     def held_by_others(self, kind: int) -> int:
         """By other processes."""
-        first = kind * _MOST
-        if self._file is None or not _is_held(self._file, first, self.count):
+        if self._file is None or not _is_held(self._file, kind * _MOST, _MOST):
             return 0
-        return sum(_is_held(self._file, byte, 1) for byte in range(first, first + self.count))
+        return sum(_is_held(self._file, kind * _MOST + core, 1) for core in self.ids)
 
 
 def _is_held(file: int, start: int, length: int) -> bool:
     """By another process, in part at least."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-    kind: int = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
+    try:
+        kind: int = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
+    except OSError:  # a file system without locks
+        return False
     return kind != fcntl.F_UNLCK
 
 
@@ -101,7 +103,7 @@ class Share:
     def begin(self) -> int:
         """Before a forward: its threads."""
         self._cores.hold(KEPT, self._keep)
-        free = self._cores.count - self._cores.held_by_others(KEPT) - self._cores.held_by_others(USED)
+        free = len(self._cores.ids) - self._cores.held_by_others(KEPT) - self._cores.held_by_others(USED)
         threads = max(1, self._keep, min(self.threads, free))
         if self.yields:
             self._cores.hold(USED, threads)

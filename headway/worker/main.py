@@ -94,7 +94,8 @@ async def run_worker(
     port = server.listen(config.host, config.port)
     device = await asyncio.to_thread(_device, config)
     engine = await asyncio.to_thread(make_engine, config, role)
-    timing, timing_file = Timing(), TimingFile(config.timing_file, _identity(config, engine.card))
+    identity = _identity(config, engine.card, cores_of(config, role)[0])
+    timing, timing_file = Timing(), TimingFile(config.timing_file, identity)
     await asyncio.to_thread(_know_speed, config, engine, timing, timing_file)
     # The model's objects live as long as the process: a collection that walked them would stop every stream.
     gc.freeze()
@@ -191,11 +192,11 @@ async def _work(
             task.cancel()
 
 
-def _identity(config: WorkerConfig, card: ModelCard) -> str:
+def _identity(config: WorkerConfig, card: ModelCard, threads: int) -> str:
     """What the speed depends on."""
     simulated = f" {config.sim_prefill} {config.sim_step}" if config.engine == "sim" else ""
     numbers = f"{config.model_dtype} {config.weights} {config.kv_format_dtype}"
-    return f"{card.fingerprint.hex()} {config.device} {numbers} threads={config.threads}{simulated}"
+    return f"{card.fingerprint.hex()} {config.device} {numbers} threads={threads}{simulated}"
 
 
 def _device(config: WorkerConfig) -> Device | None:

@@ -32,8 +32,8 @@ SAVE_S = 60.0
 
 
 def measure(engine: Engine, timing: Timing, seconds: float) -> None:
-    """Time forwards in scratch memory for about `seconds`, at the most two forwards longer; the first of each size, for
-    which kernels are made, is left out. `engine` is unbound afterwards.
+    """Time forwards in scratch memory for about `seconds`, at the most three forwards longer. Those of a size for which
+    kernels are made, and those in which a sequence's copies are, are left out. `engine` is unbound afterwards.
     """
     until = time.monotonic() + seconds
     card = engine.card
@@ -50,18 +50,19 @@ def measure(engine: Engine, timing: Timing, seconds: float) -> None:
 
     work = [ForwardWork([lengths]) for lengths in PROMPTS if sum(lengths) < card.context_tokens]
     # In turns, so that both are known when the time is over soon.
-    steps = [ForwardWork((), n, n * context) for n, context in STEPS if context + 1 < card.context_tokens]
+    steps = [ForwardWork((), n, n * context) for n, context in STEPS if context + 2 < card.context_tokens]
     jobs = [job for pair in zip(work, steps, strict=False) for job in pair]
     for at_job, job in enumerate(jobs * REPEATS):
         if job.prompts:
             chunks = [prompt(at, *lengths) for at, lengths in enumerate(job.prompts)]
+            if at_job < len(jobs):
+                engine.forward(chunks)
         else:
             context = job.kv_tokens // job.batch
-            # A sequence's first step is not like the others: what the engine keeps beside the slab is made in it.
-            engine.forward([step(at, context) for at in range(job.batch)])
-            chunks = [step(at, context + 1) for at in range(job.batch)]
-        if at_job < len(jobs):
-            engine.forward(chunks)
+            for ahead in (0, 1):
+                # A sequence's first step is not like the others: what the engine keeps beside the slab is made in it.
+                engine.forward([step(at, context + ahead) for at in range(job.batch)])
+            chunks = [step(at, context + 2) for at in range(job.batch)]
         started = time.monotonic()
         engine.forward(chunks)
         timing.observe(job, time.monotonic() - started)

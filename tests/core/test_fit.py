@@ -64,12 +64,22 @@ def test_who_computes_short_prompts_for_long_still_knows_what_a_long_one_takes()
         timing.observe(ForwardWork([(64, 0)]), SLOW.prefill_s(64, 0) * draw.lognormvariate(0, 0.1))
     assert timing.predictor.prefill_s(64, 0) == pytest.approx(SLOW.prefill_s(64, 0), rel=0.05)
     assert timing.predictor.prefill_s(1500, 0) == pytest.approx(SLOW.prefill_s(1500, 0), rel=0.25)
+    # Nor after a restart, or where another number of threads begins late.
+    again = Timing()
+    again.restore(timing.state())
+    half = timing.times(2.0)
+    for late, factor in ((again, 1.0), (half, 2.0)):
+        for _ in range(500):
+            late.observe(ForwardWork([(64, 0)]), factor * SLOW.prefill_s(64, 0) * draw.lognormvariate(0, 0.1))
+        expected = factor * SLOW.prefill_s(1500, 0)
+        assert late.predictor.prefill_s(1500, 0) == pytest.approx(expected, rel=0.25)
 
 
 def test_what_is_known_of_some_threads_is_where_others_start() -> None:
     timing, draw = Timing(), random.Random(1)
     for new in (32, 128, 512, 1024):
         timing.observe(ForwardWork([(new, 0)]), SLOW.prefill_s(new, 0))
+    timing.anchor()
     half = timing.times(2.0)
     assert half.predictor.prefill_s(1500, 0) == pytest.approx(2 * SLOW.prefill_s(1500, 0), rel=1e-6)
     assert half.prefill_token_s == 0.0
@@ -109,7 +119,7 @@ def test_a_restart_goes_on_where_it_was() -> None:
     assert other.predictor.prefill_s(500, 100) == pytest.approx(timing.predictor.prefill_s(500, 100), rel=0.03)
     assert other.predictor.step_s(8, 8000) == pytest.approx(timing.predictor.step_s(8, 8000), rel=0.03)
     assert other.prefill.error == timing.prefill.error
-    with pytest.raises(ValueError, match="12 numbers"):
+    with pytest.raises(ValueError, match="21 numbers"):
         other.restore({"prefill": [1.0], "step": [1.0]})
     with pytest.raises(ValueError, match="no state"):
         other.restore({})

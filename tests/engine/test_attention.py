@@ -75,7 +75,7 @@ class WithCopies:
         return plan_cpu(pages, named, self._copies)
 
 
-@pytest.mark.parametrize("plan_of", [plain, plan_device, WithCopies(1 << 20), WithCopies(40)])
+@pytest.mark.parametrize("plan_of", [plain, plan_device, WithCopies(1 << 20), WithCopies(180)])
 @settings(max_examples=120, deadline=None)
 @given(case=cases())
 def test_equals_dense_attention(

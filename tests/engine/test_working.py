@@ -81,7 +81,9 @@ def test_rows_come_back_and_a_broken_sequences_leavings_harm_nobody(pages: Pages
     assert bool(torch.isfinite(batch.attend(0, query, new, 1.0)).all())
 
 
-def test_memory_is_bounded_and_what_has_no_copy_still_runs(pages: Pages) -> None:
+def test_memory_is_bounded_and_what_has_no_copy_still_runs(pages: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of 26 tokens, with room for 32, has the keys of 32 and the values of 26 in memory."""
+    monkeypatch.setattr(working, "LEAST_ROOM", 8)
     copies = Copies(pages, 40)
     assert copies.step("a", 0, 25, blocks(0, 26)) is not None
     assert copies.step("b", 0, 25, blocks(0, 26)) is None

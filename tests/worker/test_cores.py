@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from headway.worker.cores import Cores
 cores = Cores()
-cores.count = 4
+cores.ids = [0, 1, 2, 3]
 cores.open(Path(sys.argv[1]))
 cores.hold(int(sys.argv[2]), int(sys.argv[3]))
 print("held", flush=True)
@@ -67,7 +67,7 @@ def other(folder: Path, kind: int, count: int) -> Iterator[Other]:
 
 def four(folder: Path) -> Cores:
     cores = Cores()
-    cores.count = 4
+    cores.ids = [0, 1, 2, 3]
     cores.open(folder)
     return cores
 
@@ -138,7 +138,7 @@ def seen(folder: Path) -> tuple[int, int]:
 from pathlib import Path
 from headway.worker.cores import KEPT, USED, Cores
 cores = Cores()
-cores.count = 4
+cores.ids = [0, 1, 2, 3]
 cores.open(Path({str(folder)!r}))
 print(cores.held_by_others(KEPT), cores.held_by_others(USED))
 """
