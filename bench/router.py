@@ -29,6 +29,7 @@ from headway.core.load import Role, WorkerLoad
 from headway.core.place import Placer
 from headway.core.policy import LeastDelay, Planner
 from headway.core.predict import Predictor
+from headway.core.step import StepLimits
 
 BLOCK = 16
 LENGTHS = {"1k": 1024, "8k": 8192, "32k": 32768, "128k": 131072}
@@ -42,6 +43,7 @@ SYSTEM_TOKENS = 512
 NAMESPACE = key_namespace(b"bench", b"router", "", "")
 PREDICTOR = Predictor((0.02, 1.1e-4, 2.1e-9), (0.015, 1e-4, 2e-8))
 BATCH = 32
+LIMITS = StepLimits(chunk_s=0.5)
 
 
 def make_placer(workers: int) -> Placer:
@@ -53,8 +55,8 @@ def make_placer(workers: int) -> Placer:
     for at in range(workers):
         role = Role.PREFILL if at % 2 == 0 else Role.DECODE
         load = WorkerLoad(
-            f"worker-{at}", f"node-{at}", role, ready=True, total_slots=100_000, shared_chunk_s=0.1,
-            predictor=PREDICTOR, backlog=Backlog(0.5), sent=draw.randrange(1000, 2000),
+            f"worker-{at}", f"node-{at}", role, ready=True, total_slots=100_000, limits=LIMITS,
+            predictor=PREDICTOR, backlog=Backlog(LIMITS), sent=draw.randrange(1000, 2000),
         )  # fmt: skip
         if role is Role.PREFILL:
             for number in range(4):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from headway.core.fair import NO_DEBTS
 from headway.core.order import Key, Order
+from headway.core.step import UNCUT, StepLimits
 
 # Above every number that breaks ties.
 _LAST = math.inf
@@ -39,18 +40,17 @@ class Backlog:
     """What is believed of one worker's queue, kept current by what it was sent and by what it says.
 
     Of those that can start the prompt with the smallest key is taken to do so as soon as the worker is free, so that
-    between two words of the worker the estimate runs on by itself. `chunk_s`: seconds after which a newcomer with a
-    smaller key interrupts the running prompt; infinite where prompts are computed in one piece. `order`, `debts`: those
-    of the worker; keys that are compared here are with the tenant's debt (`with_debt`).
+    between two words of the worker the estimate runs on by itself. `limits`, `order`, `debts`: those of the worker.
+    Keys that are compared here are with the tenant's debt (`with_debt`).
     """
 
     __slots__ = (
-        "_exec_s", "_others", "_promised", "_prompts", "_waiting", "chunk_s", "debts", "order", "running", "tokens",
-        "until_s",
+        "_exec_s", "_others", "_promised", "_prompts", "_waiting", "debts", "limits", "order", "piece_s", "running",
+        "tokens", "until_s",
     )  # fmt: skip
 
-    def __init__(self, chunk_s: float = math.inf, order: Order = DEFAULT_ORDER) -> None:
-        self.chunk_s = chunk_s
+    def __init__(self, limits: StepLimits = UNCUT, order: Order = DEFAULT_ORDER) -> None:
+        self.limits = limits
         self.order = order
         # By tenant, see core.fair.
         self.debts: Mapping[str, float] = NO_DEBTS
@@ -64,9 +64,11 @@ class Backlog:
         # By key; `_exec_s` beside it, so that a sum over those ahead is one slice.
         self._waiting: list[tuple[Key, int, Prompt]] = []
         self._exec_s: list[float] = []
-        # Computed now, and when it should be done.
+        # Computed now, when it should be done, and seconds after which a newcomer with a smaller key interrupts it;
+        # infinite where it is computed in one piece.
         self.running: Prompt | None = None
         self.until_s = 0.0
+        self.piece_s = math.inf
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -98,7 +100,7 @@ class Backlog:
         pushed = 0
         if running.ready_s > now_s:
             # It only waits for what is fetched for it, and interrupts whoever starts meanwhile, if it can.
-            if self.chunk_s == math.inf:
+            if self.piece_s == math.inf:
                 return 0.0, 1 + len(self._waiting)
             left = 0.0
             pushed = int(key < self._key(running))
@@ -106,10 +108,10 @@ class Backlog:
             left = self.until_s - now_s
             if left < 0.0:
                 left = 0.0
-            if self.chunk_s != math.inf and key < self._key_of_running(left):
+            if self.piece_s != math.inf and key < self._key_of_running(left):
                 pushed = 1
-                if left > self.chunk_s:
-                    left = self.chunk_s
+                if left > self.piece_s:
+                    left = self.piece_s
         waiting = self._waiting
         if not waiting:
             return left, pushed
@@ -123,7 +125,7 @@ class Backlog:
         if not self._promised:
             return False
         wait_s = 0.0
-        if self.running is not None and self.running.ready_s > now_s and self.chunk_s == math.inf:
+        if self.running is not None and self.running.ready_s > now_s and self.piece_s == math.inf:
             # The newcomer starts at once, and is not interrupted.
             key = FIRST
         for prompt, rest_s in self._in_turn(key, now_s):
@@ -138,7 +140,7 @@ class Backlog:
         if running is None:
             return
         rest_s = self._rest_s(now_s)
-        if self.chunk_s == math.inf and running.ready_s <= now_s:
+        if self.piece_s == math.inf and running.ready_s <= now_s:
             yield None, rest_s
             rest_s = 0.0
         running_key = self._key_of_running(rest_s)
@@ -262,6 +264,10 @@ class Backlog:
     def _run(self, prompt: Prompt, now_s: float) -> None:
         self.running = prompt
         self.until_s = max(now_s, prompt.ready_s) + prompt.exec_s
+        most = self.limits.chunk_tokens
+        self.piece_s = self.limits.chunk_s
+        if prompt.tokens > most:
+            self.piece_s = min(self.piece_s, prompt.exec_s * most / prompt.tokens)
 
     def _rest_s(self, now_s: float) -> float:
         """Left to compute of the running prompt."""

@@ -45,7 +45,7 @@ class DecodeChoice:
             if load.node != node:
                 link = self._links.between(node, load.node)
                 pace_s += (link.landing_s(late_bytes, now_s) - now_s) / START_TOKENS
-            if running >= load.max_batch:
+            if running >= load.limits.batch:
                 pace_s += FULL_BATCH_S
             if load.memory.committed_tokens + need > load.total_slots * block:
                 pace_s += NO_ROOM_S

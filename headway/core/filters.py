@@ -119,7 +119,7 @@ class Rules:
     def _step_s(self, ask: Ask, load: WorkerLoad, own: int) -> float:
         """Of a decode step with a chunk of the prompt, which it may share with prompts that are there already."""
         new = ask.prompt_tokens - own + load.backlog.tokens
-        chunk_s = min(load.predictor.prefill_s(new, own), load.shared_chunk_s)
+        chunk_s = min(load.predictor.prefill_s(new, own), load.limits.shared_chunk_s)
         return chunk_s + load.itl_s(ask.prompt_tokens)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from headway.core.backlog import Backlog
 from headway.core.predict import Predictor
+from headway.core.step import LEAST_CHUNK, UNCUT, StepLimits
 
 
 class Role(enum.Enum):
@@ -44,14 +45,13 @@ class WorkerLoad:
     `backlog`: prompts not yet computed. `running`: sequences that decode, `coming`: those that will as soon as their
     prompts are computed elsewhere; `kv_tokens`: of both, on average over their lives. This router's own are always
     exact (`join`, `begin`, `part`), those of other routers are as of the last status (`others_are`, all as running).
-    `shared_chunk_s`: what prompts may add to one of its decode steps. `memory` is one for all workers of a node.
+    `limits`: those of its forwards. `memory` is one for all workers of a node.
     """
 
     worker_id: str
     node: str
     role: Role
-    max_batch: int = 64
-    shared_chunk_s: float = math.inf
+    limits: StepLimits = UNCUT
     ready: bool = False
     draining: bool = False
     total_slots: int = 0
@@ -115,9 +115,13 @@ class WorkerLoad:
         """A step of the batch with one more sequence, whose context has `tokens`."""
         return self.predictor.step_s(self.running + 1, self.kv_tokens + tokens)
 
-    def steps_of(self, compute_s: float) -> int:
-        """Over how many decode steps a prompt that takes `compute_s` by itself is spread."""
-        return max(1, math.ceil(compute_s / self.shared_chunk_s)) if self.shared_chunk_s > 0 else 1
+    def steps_of(self, tokens: int, compute_s: float) -> int:
+        """Over how many decode steps a prompt of so many tokens, which takes `compute_s` by itself, is spread."""
+        most = self.limits.chunk_tokens
+        room_s = self.limits.beside_s(self.step_s())
+        if compute_s > room_s:
+            most = min(most, max(LEAST_CHUNK, int(tokens * room_s / compute_s)))
+        return math.ceil(tokens / most)
 
     def _hold(self, kv_tokens: int, committed_tokens: int) -> None:
         self.kv_tokens += kv_tokens

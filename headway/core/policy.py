@@ -125,7 +125,7 @@ class Planner:
         delay_s = own_s * behind
         if load.running > 0:
             # Its chunks share steps with those that decode: each waits for the other.
-            compute_s += load.steps_of(own_s) * load.step_s()
+            compute_s += load.steps_of(new, own_s) * load.step_s()
             delay_s += STREAM_WEIGHT * own_s * load.running
         cost_s = max(wait_s, pull_s) + compute_s + delay_s + WORK_WEIGHT * own_s
         return Way(load, overlap, pull_from, key, wait_s, pull_s, compute_s, delay_s, cost_s)
@@ -186,8 +186,8 @@ class LeastDelay:
             running = backlog.running
             if running is not None and running.ready_s <= now_s:
                 left_s = backlog.until_s - now_s
-                if left_s > backlog.chunk_s:
-                    floor_s += backlog.chunk_s
+                if left_s > backlog.piece_s:
+                    floor_s += backlog.piece_s
                 elif left_s > 0:
                     floor_s += left_s
             floors.append((floor_s, at))

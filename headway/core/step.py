@@ -50,9 +50,17 @@ class StepLimits:
 
     batch: int = 64
     chunk_tokens: int = 8192
-    chunk_s: float = 0.5
+    chunk_s: float = 0.15
     shared_chunk_s: float = 0.1
     itl_s: float = math.inf
+
+    def beside_s(self, step_s: float) -> float:
+        """What prompts may add to a forward that takes `step_s` for those who decode."""
+        return min(self.shared_chunk_s, self.itl_s - step_s)
+
+
+# Every prompt in one piece.
+UNCUT = StepLimits(chunk_tokens=1 << 40, chunk_s=math.inf, shared_chunk_s=math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,7 @@ def plan_step(
     if work:
         step_s = predictor.step_s(len(work), sum(sequence.computed for sequence in decoding))
         fixed_s += step_s
-        left_s = min(limits.shared_chunk_s, limits.itl_s - step_s) + predictor.prefill[0]
+        left_s = limits.beside_s(step_s) + predictor.prefill[0]
     if len(prompts) > 1:
         prompts.sort(key=lambda prompt: prompt_key(prompt, predictor, order, debts))
     left = limits.chunk_tokens

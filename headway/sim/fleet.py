@@ -103,12 +103,11 @@ class SimFleet:
             name,
             node.name,
             role,
-            max_batch=hardware.batch,
-            shared_chunk_s=limits.shared_chunk_s,
+            replace(limits, batch=hardware.batch),
             ready=True,
             total_slots=hardware.cache_tokens // self._trace.block_size,
             predictor=hardware.predictor,
-            backlog=Backlog(limits.chunk_s, self._entry.order),
+            backlog=Backlog(limits, self._entry.order),
         )
         self._placer.add(load)
         return SimWorker(

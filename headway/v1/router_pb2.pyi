@@ -735,6 +735,8 @@ class WorkerHello(_message.Message):
     SHARED_CHUNK_S_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
     AGEING_FIELD_NUMBER: _builtins.int
+    CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
+    ITL_OBJECTIVE_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     node_id: _builtins.str
     role: _common_pb2.WorkerRole.ValueType
@@ -745,11 +747,14 @@ class WorkerHello(_message.Message):
     max_batch: _builtins.int
     """Sequences that may run at once."""
     chunk_s: _builtins.float
-    """Seconds that a forward of prompts may take, and that prompts may add to a step in which others decode."""
+    """Seconds that a forward of prompts may take, and that prompts may add to a step in which others decode; 0: any."""
     shared_chunk_s: _builtins.float
     order: _builtins.str
     """In which order it computes prompts: shortest (with that ageing), arrival or wspt."""
     ageing: _builtins.float
+    chunk_tokens: _builtins.int
+    """Prompt tokens in one forward, at most, and seconds that such a step may take in all; 0: any."""
+    itl_objective_s: _builtins.float
     @_builtins.property
     def model(self) -> _common_pb2.ModelCard: ...
     def __init__(
@@ -767,10 +772,12 @@ class WorkerHello(_message.Message):
         shared_chunk_s: _builtins.float = ...,
         order: _builtins.str = ...,
         ageing: _builtins.float = ...,
+        chunk_tokens: _builtins.int = ...,
+        itl_objective_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ageing", b"ageing", "chunk_s", b"chunk_s", "kvstore_address", b"kvstore_address", "max_batch", b"max_batch", "model", b"model", "node_id", b"node_id", "order", b"order", "pid", b"pid", "role", b"role", "shared_chunk_s", b"shared_chunk_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ageing", b"ageing", "chunk_s", b"chunk_s", "chunk_tokens", b"chunk_tokens", "itl_objective_s", b"itl_objective_s", "kvstore_address", b"kvstore_address", "max_batch", b"max_batch", "model", b"model", "node_id", b"node_id", "order", b"order", "pid", b"pid", "role", b"role", "shared_chunk_s", b"shared_chunk_s", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

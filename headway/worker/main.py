@@ -120,8 +120,10 @@ async def run_worker(
         model=card_to_proto(engine.card),
         pid=os.getpid(),
         max_batch=config.max_batch,
+        chunk_tokens=config.chunk_tokens,
         chunk_s=config.chunk_s,
         shared_chunk_s=config.shared_chunk_s,
+        itl_objective_s=config.itl_objective_s,
         order=config.order,
         ageing=config.ageing,
     )

@@ -19,6 +19,7 @@ from headway.core.load import Role, Share, WorkerLoad
 from headway.core.order import Order, Rule
 from headway.core.place import Placer
 from headway.core.predict import Predictor, coefficients
+from headway.core.step import UNCUT, StepLimits
 from headway.runtime.convert import card_from_proto
 from headway.runtime.errors import HeadwayError
 from headway.v1 import common_pb2, router_pb2
@@ -49,13 +50,13 @@ class Worker:
         self.worker_id = hello.worker_id
         self.status = router_pb2.WorkerStatus()
         self.status_at = time.monotonic()
+        limits = _limits(hello)
         self.load = WorkerLoad(
             hello.worker_id,
             hello.kvstore_address,
             ROLES[hello.role],
-            max_batch=max(1, hello.max_batch),
-            shared_chunk_s=hello.shared_chunk_s or math.inf,
-            backlog=Backlog(hello.chunk_s or math.inf, order),
+            limits,
+            backlog=Backlog(limits, order),
         )
         self._lease = lease
         plane = PREFILL if hello.role == common_pb2.WORKER_ROLE_PREFILL else DECODE
@@ -101,6 +102,17 @@ class Worker:
         self.load.ready = False
         with contextlib.suppress(RuntimeError):  # the announcement is over already
             self._lease.reschedule(asyncio.get_running_loop().time())
+
+
+def _limits(hello: router_pb2.WorkerHello) -> StepLimits:
+    """What it does not say is without a limit."""
+    return StepLimits(
+        max(1, hello.max_batch),
+        hello.chunk_tokens or UNCUT.chunk_tokens,
+        hello.chunk_s or math.inf,
+        hello.shared_chunk_s or math.inf,
+        hello.itl_objective_s or math.inf,
+    )
 
 
 class Fleet:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from headway.core.ask import Why
-from headway.core.backlog import Prompt
+from headway.core.backlog import Backlog, Prompt
 from headway.core.filters import check_hints
+from headway.core.step import StepLimits
 from tests.core.placing import ask, picked, placer, reasons, weighed, why_not, worker
 
 
@@ -77,11 +78,11 @@ def test_queues_are_bounded_in_seconds() -> None:
 
 
 def test_what_is_best_for_others_is_left_where_only_the_other_way_is_in_time() -> None:
-    made = placer(worker("p0", node="a"), worker("d0", node="d"), latency_s=0.2, local_prefill_tokens=0)
+    interrupted = worker("p0", node="a", backlog=Backlog(StepLimits(chunk_s=0.01)))
+    made = placer(interrupted, worker("d0", node="d"), latency_s=0.2, local_prefill_tokens=0)
     for number in range(10):
         made.loads["p0"].backlog.add(Prompt(number, (0, 9.0), 9.0, 9000), 0.0)
     made.loads["p0"].backlog.remove(0, 0.0)
-    made.loads["p0"].backlog.chunk_s = 0.01
     # Pulled it takes 0.2 s and puts little on those behind; computed 0.1 s, and puts that on each of them.
     wanted = {"resident": {"b": 90}}
     assert picked(made, **wanted) == ("p0", "d0")

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headway.core.backlog import Backlog, Prompt
+from headway.core.step import StepLimits
 
 
 def prompt(name: str, exec_s: float, key: float | None = None, tokens: int = 100) -> Prompt:
@@ -45,7 +46,7 @@ def test_a_late_running_prompt_takes_no_less_than_no_time() -> None:
 
 
 def test_a_shorter_one_waits_for_no_more_than_a_chunk() -> None:
-    backlog = Backlog(chunk_s=0.5)
+    backlog = Backlog(StepLimits(chunk_s=0.5))
     backlog.add(prompt("long", 10.0), 0.0)
     assert backlog.turn((0, 1.0), 0.0)[0] == pytest.approx(0.5)
     assert backlog.turn((0, 1.0), 0.0)[1] == 1
@@ -112,7 +113,7 @@ def test_a_promise_is_broken_by_one_that_pushes_it_over_its_time() -> None:
 
 
 def test_a_long_running_one_is_kept_from_being_interrupted_too_often() -> None:
-    backlog = Backlog(chunk_s=0.1)
+    backlog = Backlog(StepLimits(chunk_s=0.1))
     backlog.add(Prompt("long", (0, 5.0), 5.0, 10, due_s=6.0), 0.0)
     backlog.add(Prompt("short", (0, 0.4), 0.4, 10), 0.0)
     assert not backlog.breaks((0, 0.5), 0.5, 0.0)
@@ -124,7 +125,7 @@ def test_a_long_running_one_is_kept_from_being_interrupted_too_often() -> None:
 
 
 def test_the_rest_of_the_running_one_goes_before_those_with_larger_keys() -> None:
-    backlog = Backlog(chunk_s=0.1)
+    backlog = Backlog(StepLimits(chunk_s=0.1))
     backlog.add(prompt("runs", 1.0), 0.0)
     backlog.add(Prompt("waits", (0, 3.0), 3.0, 10, due_s=4.2), 0.0)
     assert backlog.breaks((0, 2.0), 0.5, 0.0), "after 1 s, 0.5 s and 3 s"
@@ -140,7 +141,7 @@ def test_a_promise_is_kept_while_it_may_still_hold() -> None:
 
 
 def test_what_is_left_of_the_running_one_is_what_a_newcomer_has_to_beat() -> None:
-    backlog = Backlog(chunk_s=0.1)
+    backlog = Backlog(StepLimits(chunk_s=0.1))
     backlog.add(prompt("long", 4.0), 0.0)
     assert backlog.turn((0, 2.0), 1.0) == (pytest.approx(0.1), 1)
     assert backlog.turn((0, 2.0), 3.0) == (pytest.approx(1.0), 0)
@@ -148,6 +149,15 @@ def test_what_is_left_of_the_running_one_is_what_a_newcomer_has_to_beat() -> Non
     backlog.started("short", 3.0)
     # A second is left of it, and goes before what takes longer than that.
     assert backlog.turn((0, 2.0), 3.0)[0] == pytest.approx(0.2 + 1.0)
+
+
+def test_a_worker_whose_forwards_are_bounded_in_tokens_is_interrupted_after_one() -> None:
+    backlog = Backlog(StepLimits(chunk_tokens=64, chunk_s=1000.0))
+    backlog.add(Prompt("long", (0, 3.0), 3.0, 1500), 0.0)
+    assert backlog.turn((0, 0.1), 0.5) == (pytest.approx(3.0 * 64 / 1500), 1)
+    backlog.add(Prompt("short", (0, 0.1), 0.1, 60), 0.5)
+    backlog.started("short", 0.6)
+    assert backlog.turn((0, 0.05), 0.6) == (pytest.approx(0.1), 2), "a prompt within the bound is one piece"
 
 
 def test_who_waits_for_a_pull_or_a_siblings_prefix_is_not_taken_to_start() -> None:
@@ -182,7 +192,7 @@ def test_what_is_fetched_for_a_prompt_leaves_the_worker_free_meanwhile() -> None
 
 def test_who_starts_while_another_is_fetched_may_break_its_promise() -> None:
     for chunk_s, breaks in ((float("inf"), True), (0.1, False)):
-        backlog = Backlog(chunk_s)
+        backlog = Backlog(StepLimits(chunk_s=chunk_s))
         backlog.add(Prompt("pulled", (0, 1.0), 1.0, 10, due_s=2.0, ready_s=0.5), 0.0)
         assert backlog.breaks((0, 9.0), 3.0, 0.0) == breaks
         assert backlog.turn((0, 9.0), 0.0) == (0.0, int(breaks))

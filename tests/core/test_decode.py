@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from headway.core.ask import Why
 from headway.core.load import Share
 from headway.core.place import Placer
 from headway.core.predict import Predictor
+from headway.core.step import UNCUT, StepLimits
 from tests.core.placing import ask, picked, placer, reasons, weighed, worker
 
 
@@ -36,10 +40,24 @@ def test_prompts_that_a_decode_worker_has_already_count_against_its_pace() -> No
 
 
 def test_a_prompt_at_a_decode_worker_shares_its_steps() -> None:
-    busy = placer(worker("d0", running=4, shared_chunk_s=0.01)).place(ask(), 0.0)
+    busy = placer(worker("d0", running=4, limits=StepLimits(shared_chunk_s=0.02))).place(ask(), 0.0)
     assert busy is not None
-    # 100 ms in ten chunks, each beside a step of 14 ms.
-    assert busy.compute_s == pytest.approx(0.1 + 10 * 0.014)
+    # 100 ms in five chunks, each beside a step of 14 ms.
+    assert busy.compute_s == pytest.approx(0.1 + 5 * 0.014)
+
+
+def test_how_many_steps_a_prompt_shares_follows_from_all_limits_of_the_worker() -> None:
+    def steps(**limits: Any) -> int:
+        # A step takes 14 ms; 100 tokens take 100 ms.
+        return worker("m0", running=4, limits=replace(UNCUT, **limits)).steps_of(100, 0.1)
+
+    assert steps() == 1
+    assert steps(chunk_tokens=30) == 4
+    assert steps(shared_chunk_s=0.02) == 5
+    assert steps(itl_s=0.064) == 2
+    assert steps(itl_s=0.064, chunk_tokens=40, shared_chunk_s=0.08) == 3
+    assert steps(itl_s=0.001) == 7, "a block of 16 tokens goes into every step"
+    assert worker("m0", running=4).steps_of(0, 0.0) == 0
 
 
 @pytest.mark.parametrize("away", [{"ready": False}, {"draining": True}])
@@ -81,7 +99,7 @@ def test_a_decode_worker_without_room_for_the_answer_is_the_last_choice() -> Non
 
 
 def test_full_batch_is_the_last_choice() -> None:
-    full = worker("d0", running=4, max_batch=4, predictor=Predictor())
+    full = worker("d0", running=4, limits=StepLimits(batch=4), predictor=Predictor())
     assert picked(placer(worker("p0"), full, worker("d1", running=9))) == ("p0", "d1")
     assert picked(placer(worker("p0"), full)) == ("p0", "d0")
 

@@ -14,6 +14,7 @@ from headway.core.links import Links
 from headway.core.load import Role, Share, WorkerLoad
 from headway.core.policy import EQUAL, UNTRIED, Candidate, LeastDelay, Planner, Way
 from headway.core.predict import Predictor
+from headway.core.step import StepLimits
 
 
 class Counting(Planner):
@@ -33,7 +34,9 @@ def fleet(draw: random.Random, size: int) -> list[WorkerLoad]:
     for at in range(size):
         role = draw.choice([Role.PREFILL, Role.DECODE])
         predictor = Predictor((draw.uniform(0, 0.02), draw.uniform(1e-5, 2e-4), draw.uniform(0, 1e-8)), (0.01, 1e-4, 0))
-        backlog = Backlog(draw.choice([0.1, 0.5, float("inf")]))
+        backlog = Backlog(
+            StepLimits(chunk_tokens=draw.choice([64, 200, 8192]), chunk_s=draw.choice([0.1, 0.5, float("inf")]))
+        )
         load = WorkerLoad(
             f"w{at}", f"n{at % 7}", role, predictor=predictor, backlog=backlog, sent=draw.randrange(0, 20)
         )

@@ -56,14 +56,15 @@ async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
 class Fake:
     """A worker. `script(fake, sequence, index)` may act before output `index` is drawn; True: do not draw it.
 
-    `held` are the (sequence, attempt) pairs that it would hold slots for.
+    `held` are the (sequence, attempt) pairs that it would hold slots for; `limits`: of its forwards, as in its hello.
     """
 
-    def __init__(self, name: str, role: int, *, node: str = "127.0.0.1:1", step_s: float = 0.0) -> None:
+    def __init__(self, name: str, role: int, *, node: str = "127.0.0.1:1", step_s: float = 0.0, **limits: Any) -> None:
         self.name = name
         self.role = role
         self.node = node
         self.step_s = step_s
+        self.limits = {"max_batch": 8, **limits}
         self.card = CARD
         self.script: Callable[[Fake, common_pb2.Sequence, int], Any] = lambda fake, sequence, index: False
         self.held: dict[tuple[str, int], common_pb2.Sequence] = {}
@@ -127,8 +128,8 @@ class Fake:
             address=f"127.0.0.1:{self.port}",
             kvstore_address=self.node,
             model=card_to_proto(self.card),
-            max_batch=8,
             order=self.order,
+            **self.limits,
         )
         yield router_pb2.AnnounceRequest(hello=hello)
         while True:

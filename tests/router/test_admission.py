@@ -14,12 +14,13 @@ from headway.v1 import router_pb2
 from tests.router.fakes import Fake, Rig, until
 
 
-async def busy(rig: Rig, seconds: float) -> Fake:
+async def busy(rig: Rig, seconds: float, **limits: float) -> Fake:
     """A mixed worker that says it computes another router's prompt for so long."""
-    fake = await rig.add("m0")
+    fake = await rig.add("m0", **limits)
     fake.status.prefill_coefficients.extend([0.0, 1e-3, 0.0])
     tokens = round(seconds * 1000)
-    fake.status.prompts.append(router_pb2.QueuedPrompt(sequence_id="x", remaining_tokens=tokens, running=True))
+    prompt = router_pb2.QueuedPrompt(sequence_id="x", remaining_tokens=tokens, running=True, arrival_s=time.time())
+    fake.status.prompts.append(prompt)
     await until(lambda: len(rig.service.fleet.workers["m0"].load.backlog) == 1)
     return fake
 
@@ -37,6 +38,14 @@ async def test_an_objective_that_cannot_be_met_is_refused_at_once() -> None:
         assert retry_s is not None
         assert 3.0 < retry_s < 4.5
         await rig.quiet()
+
+
+@pytest.mark.parametrize("limits", [{"chunk_tokens": 64, "chunk_s": 1000.0}, {"chunk_s": 0.1}])
+async def test_an_objective_is_met_where_the_newcomer_interrupts(limits: dict[str, float]) -> None:
+    async with Rig() as rig:
+        await busy(rig, 5.0, **limits)
+        got = await rig.run(rig.request(5, ttft_objective_s=1.0, refuse_late=True))
+        assert len(got.tokens[0]) == 5
 
 
 async def test_best_effort_is_served_late() -> None:
