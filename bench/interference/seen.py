@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +55,7 @@ def figures(seen: Sequence[Seen], seconds: float, itl_s: float) -> dict[str, Any
         "long_ttft_ms": _spread([one.ttft_s for one in longs if one.token_s]),
         "long": len(longs),
         "long_without_a_token": sum(not one.token_s for one in longs),
-        "refused": sum(bool(one.error) for one in seen),
+        "errors": dict(Counter(f"{one.kind} {one.error}" for one in seen if one.error)),
         "good_tokens_per_s": round(sum(sizes[one.kind] for one in done if one.good(itl_s)) / seconds, 1),
     }
 
