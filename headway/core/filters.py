@@ -79,7 +79,9 @@ class Rules:
             return Refusal(Why.UNFIT, f"{missing} tokens are left to compute, and it computes at most {most} itself")
         if not self.keeps_pace(ask, load, own):
             step_ms, most_ms = self._step_s(ask, load, own) * 1e3, self.itl_objective_s * 1e3
-            return Refusal(Why.UNFIT, f"a step with its chunk takes {step_ms:.0f} ms, the objective is {most_ms:g} ms")
+            return Refusal(
+                Why.UNFIT, f"a step with its chunk would take {step_ms:.0f} ms, the objective is {most_ms:g} ms"
+            )
         return None
 
     def unkept(self, ask: Ask, way: Way, now_s: float) -> Refusal | None:
@@ -117,8 +119,12 @@ class Rules:
         return Refusal(why, f"no decode worker can take it ({sentences})")
 
     def _step_s(self, ask: Ask, load: WorkerLoad, own: int) -> float:
-        """Of a decode step with a chunk of the prompt, which it may share with prompts that are there already."""
-        new = ask.prompt_tokens - own + load.backlog.tokens
+        """Of a decode step with a chunk of the prompt, which it may share with prompts that are there already.
+
+        The worker would cut the chunk to what its own objective leaves, and its streams would go at that pace for many
+        steps: such a prompt is better off with a prefill worker.
+        """
+        new = min(ask.prompt_tokens - own + load.backlog.tokens, load.limits.chunk_tokens)
         chunk_s = min(load.predictor.prefill_s(new, own), load.limits.shared_chunk_s)
         return chunk_s + load.itl_s(ask.prompt_tokens)
 

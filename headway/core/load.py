@@ -118,7 +118,7 @@ class WorkerLoad:
     def steps_of(self, tokens: int, compute_s: float) -> int:
         """Over how many decode steps a prompt of so many tokens, which takes `compute_s` by itself, is spread."""
         most = self.limits.chunk_tokens
-        room_s = self.limits.beside_s(self.step_s())
+        room_s = max(0.0, self.limits.beside_s(self.step_s()))
         if compute_s > room_s:
             most = min(most, max(LEAST_CHUNK, int(tokens * room_s / compute_s)))
         return math.ceil(tokens / most)

@@ -30,6 +30,18 @@ def test_decode_computes_nothing_that_breaks_its_pace() -> None:
     assert picked(made, resident={"n": 80}) == (None, "d0")
 
 
+def test_the_chunk_that_counts_against_its_pace_is_no_longer_than_its_forwards_take() -> None:
+    """But not as short as its own objective would cut it: streams would go at that pace for as long as it takes."""
+    for limits, wanted in (
+        (UNCUT, ("p0", "d0")),
+        (replace(UNCUT, chunk_tokens=16), (None, "d0")),
+        (replace(UNCUT, itl_s=0.04), ("p0", "d0")),
+    ):
+        decode = worker("d0", running=4, limits=limits)
+        made = placer(worker("p0", queued_s=5.0), decode, itl_objective_s=0.04, local_prefill_tokens=50)
+        assert picked(made, resident={"n": 64}) == wanted
+
+
 def test_prompts_that_a_decode_worker_has_already_count_against_its_pace() -> None:
     made = placer(worker("p0", queued_s=5.0), worker("d0", running=4), itl_objective_s=0.04)
     option = made.place(ask(prompt_tokens=15), 0.0)
@@ -58,6 +70,8 @@ def test_how_many_steps_a_prompt_shares_follows_from_all_limits_of_the_worker() 
     assert steps(itl_s=0.064, chunk_tokens=40, shared_chunk_s=0.08) == 3
     assert steps(itl_s=0.001) == 7, "a block of 16 tokens goes into every step"
     assert worker("m0", running=4).steps_of(0, 0.0) == 0
+    unknown = worker("m0", running=4, limits=replace(UNCUT, itl_s=0.001))
+    assert unknown.steps_of(100, 0.0) == 1, "it has not said how fast it is"
 
 
 @pytest.mark.parametrize("away", [{"ready": False}, {"draining": True}])
