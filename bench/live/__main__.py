@@ -5,22 +5,26 @@ python -m bench.live --traces FOLDER [--quick] [--only policies,heavy,routers,sp
 4 prefill and 4 decode workers on 4 nodes; every eighth session of the conversation trace, whole, 20 times as fast, the
 requests of a tick of its clock evenly over it.
 `policies`: ours, the reference's and round-robin, one after the other. `heavy`: ours on slower workers, where queues
-are long. `routers`: three routers at once. `spike`: ten times the load for five seconds. `overload`: three times the
-load for a minute. --quick: the first 20 seconds, policies only.
+are long. `routers`: three routers at once. `spike`: ten times the load for five seconds, three times: marks are the
+median of the ITL's ratio and the worst of all else. `overload`: three times the load for a minute. --quick: the first
+20 seconds, policies only.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from typing import Any
 
 from bench.live.setting import HEAVY, LEAST_TTFT_S, USUAL, Run, add_arguments, find_trace, run, scenario
 from bench.live.spike import overload, spike
 from bench.report import busy_share, finish, mark, plot_lines, progress
+from headway.sim.trace import Trace
 
 PARTS = ("policies", "heavy", "routers", "spike", "overload")
 POLICIES = ("headway", "reference", "round-robin")
 ERROR_MARK = 0.15
+SPIKES = 3
 
 
 def main() -> None:
@@ -43,12 +47,8 @@ def main() -> None:
             marks["three_routers_vs_one"] = mark(three.mean_s / one.mean_s, 1.15, "ratio", at_most=True)
             runs.append(three)
         if "spike" in parts:
-            result["spike"] = found = spike(trace, USUAL)
-            progress(f"  {found}")
-            marks["spike_admitted_in_slo"] = mark(found["admitted_in_slo"], 0.99, "share", at_most=False)
-            marks["spike_itl_p99_ratio"] = mark(found["itl_p99_ratio"], 1.2, "ratio", at_most=True)
-            marks["spike_drained_vs_backlog"] = mark(found["drained_vs_backlog"], 2.0, "ratio", at_most=True)
-            marks["spike_hung"] = mark(found["hung"], 0, "requests", at_most=True)
+            result["spike"], of_spikes = spikes(trace)
+            marks |= of_spikes
         if "overload" in parts:
             result["overload"] = found = overload(trace, USUAL)
             marks["overload_goodput_ratio"] = mark(found["goodput_ratio"], 0.9, "ratio", at_most=False)
@@ -63,6 +63,21 @@ def main() -> None:
     if runs:
         plot(runs)
     finish("live", {**result, "cores_busy": round(busy["busy"], 3), "marks": marks})
+
+
+def spikes(trace: Trace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What was seen of each, and the marks. The ITL's p99 is of the gaps of five seconds, and not the same twice."""
+    found = []
+    for _ in range(SPIKES):
+        found.append(spike(trace, USUAL))
+        progress(f"  {found[-1]}")
+    ratio = statistics.median(one["itl_p99_ratio"] for one in found)
+    return found, {
+        "spike_admitted_in_slo": mark(min(one["admitted_in_slo"] for one in found), 0.99, "share", at_most=False),
+        "spike_itl_p99_ratio": mark(ratio, 1.2, "ratio", at_most=True),
+        "spike_drained_vs_backlog": mark(max(one["drained_vs_backlog"] for one in found), 2.0, "ratio", at_most=True),
+        "spike_hung": mark(sum(one["hung"] for one in found), 0, "requests", at_most=True),
+    }
 
 
 def plot(runs: list[Run]) -> None:
