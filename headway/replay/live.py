@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import uvloop
+
 from headway.client.request import Options
 from headway.fleet import Fleet, FleetSpec
 from headway.replay.drive import Replay, Seen
@@ -92,7 +94,8 @@ def replay(
     """Start the fleet, send the trace, stop the fleet. `during` runs in a thread beside. Raises FleetError."""
     with tempfile.TemporaryDirectory(prefix="headway-replay-") as folder, Fleet(live.spec, Path(folder)) as fleet:
         fleet.wait_ready()
-        return asyncio.run(_drive(Replay(trace, fleet.addresses, live.options, on_done), fleet, during))
+        seen: list[Seen] = uvloop.run(_drive(Replay(trace, fleet.addresses, live.options, on_done), fleet, during))
+        return seen
 
 
 async def _drive(run: Replay, fleet: Fleet, during: During | None) -> list[Seen]:

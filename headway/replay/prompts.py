@@ -16,7 +16,8 @@ class Prompts:
 
     def __init__(self, trace: Trace, vocabulary: int = 128) -> None:
         self._block = trace.block_size
-        self._vocabulary = vocabulary
+        # Each byte's remainder: what sends requests must not take the processor from those who answer them.
+        self._below = bytes(byte % vocabulary for byte in range(256))
         self._blocks: OrderedDict[bytes, bytes] = OrderedDict()
         self._made = 0
 
@@ -39,5 +40,4 @@ class Prompts:
         return tokens
 
     def _draw(self, seed: str, count: int) -> bytes:
-        drawn = random.Random(seed).randbytes(count)
-        return bytes(byte % self._vocabulary for byte in drawn)
+        return random.Random(seed).randbytes(count).translate(self._below)
