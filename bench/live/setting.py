@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import median, progress
-from headway.core.predict import Predictor
+from headway.core.predict import Coefficients, Predictor
 from headway.core.step import StepLimits
 from headway.replay.drive import Seen
 from headway.replay.live import Live, replay
@@ -60,6 +60,27 @@ def scenario(times: float, **changes: Any) -> Scenario:
         itl_objective_s=0.15,
     )
     return replace(made, **changes)
+
+
+def slowed(where: Scenario, factor: float) -> Scenario:
+    """The same in slow motion: all that is simulated takes so many times as long; what the services do does not."""
+    hardware, limits, objective = where.hardware, where.limits, where.objective
+    assert isinstance(hardware, Linear)
+    prefill, step = (_times(these, factor) for these in (hardware.predictor.prefill, hardware.predictor.step))
+    return replace(
+        where,
+        hardware=replace(hardware, predictor=Predictor(prefill, step)),
+        limits=replace(limits, chunk_s=limits.chunk_s * factor, shared_chunk_s=limits.shared_chunk_s * factor),
+        link_bytes_per_s=where.link_bytes_per_s / factor,
+        link_latency_s=where.link_latency_s * factor,
+        itl_objective_s=where.itl_objective_s * factor,
+        objective=objective and replace(objective, base_s=objective.base_s * factor),
+    )
+
+
+def _times(coefficients: Coefficients, factor: float) -> Coefficients:
+    a, b, c = coefficients
+    return a * factor, b * factor, c * factor
 
 
 def find_trace(folder: Path, *, quick: bool) -> Trace:

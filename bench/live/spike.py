@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from bench.live.setting import LINK_S, hardware, scenario
+from bench.live.setting import LINK_S, scenario, slowed
 from bench.report import progress
 from headway.client import Client
 from headway.fleet import Fleet
@@ -18,6 +18,7 @@ from headway.replay.live import Live, replay
 from headway.replay.seen import in_slo
 from headway.sim.objective import Objective
 from headway.sim.policies import entries
+from headway.sim.scenario import Scenario
 from headway.sim.summary import percentile
 from headway.sim.trace import Trace
 
@@ -78,26 +79,31 @@ def hung(seen: Sequence[Seen]) -> int:
     return sum(one.code is grpc.StatusCode.DEADLINE_EXCEEDED for one in seen)
 
 
-def in_time(seen: Sequence[Seen], times: float) -> list[Seen]:
-    return [one for one in in_slo(seen, hardware(times), OBJECTIVE) if one.ok]
+def in_time(seen: Sequence[Seen], where: Scenario) -> list[Seen]:
+    return [one for one in in_slo(seen, where.hardware, where.objective or OBJECTIVE) if one.ok]
 
 
-def spike(trace: Trace, times: float) -> dict[str, Any]:
-    """Streams that run when the spike comes keep their pace; what is admitted is in time; the queue drains."""
-    base = trace.faster(1 / SLOWER)
-    spiked = with_spike(base, SPIKE_AT_S, SPIKE_S, SPIKE)
-    spiked = replace(spiked, requests=[r for r in spiked.requests if r.arrival_s <= LONG_S])
-    watch = Watch(LONG_S)
-    where = scenario(times, itl_objective_s=0.055, objective=OBJECTIVE)
+def spike(trace: Trace, times: float, slower: float = 1.0) -> dict[str, Any]:
+    """Streams that run when the spike comes keep their pace; what is admitted is in time; the queue drains.
+
+    slower: all in slow motion, the spike too. The machine's cores have so many times less to do in a second, so that what
+    is seen is the policy and the services, and not a machine that is busy.
+    """
+    at_s, spike_s, long_s = SPIKE_AT_S * slower, SPIKE_S * slower, LONG_S * slower
+    base = trace.faster(1 / SLOWER / slower)
+    spiked = with_spike(base, at_s, spike_s, SPIKE)
+    spiked = replace(spiked, requests=[r for r in spiked.requests if r.arrival_s <= long_s])
+    watch = Watch(long_s)
+    where = slowed(scenario(times, itl_objective_s=0.055, objective=OBJECTIVE), slower)
     progress(f"spike: {len(spiked)} requests in {spiked.span_s:.0f} s")
-    live = Live(where, entries()["headway"], deadline_s=DEADLINE_S)
+    live = Live(where, entries()["headway"], deadline_s=DEADLINE_S * slower)
     seen = replay(spiked, live, during=watch, on_done=lambda _: None)
-    let_in, good = admitted(seen), in_time(seen, times)
-    end_s = SPIKE_AT_S + SPIKE_S
-    before, during = running_gaps(seen, SPIKE_AT_S, SPIKE_AT_S, SPIKE_S)
-    usual_s = percentile(sorted(queue_s for at, queue_s in watch.samples if at < SPIKE_AT_S), 0.95)
-    peak_at_s, backlog_s = max((s for s in watch.samples if SPIKE_AT_S <= s[0] <= end_s + 1), key=lambda s: s[1])
-    drained_s = next((at - peak_at_s for at, left_s in watch.samples if at > peak_at_s and left_s <= usual_s), LONG_S)
+    let_in, good = admitted(seen), in_time(seen, where)
+    end_s = at_s + spike_s
+    before, during = running_gaps(seen, at_s, at_s, spike_s)
+    usual_s = percentile(sorted(queue_s for at, queue_s in watch.samples if at < at_s), 0.95)
+    peak_at_s, backlog_s = max((s for s in watch.samples if at_s <= s[0] <= end_s + 1), key=lambda s: s[1])
+    drained_s = next((at - peak_at_s for at, left_s in watch.samples if at > peak_at_s and left_s <= usual_s), long_s)
     return {
         "requests": len(seen),
         "refused at once": len(seen) - len(let_in),
@@ -135,9 +141,9 @@ def overload(trace: Trace, times: float) -> dict[str, Any]:
         faster = trace.faster(factor)
         part = replace(faster, requests=[r for r in faster.requests if r.arrival_s <= OVERLOAD_S])
         progress(f"{name}: {len(part)} requests in {OVERLOAD_S:.0f} s")
-        live = Live(scenario(times, objective=OBJECTIVE), entries()["headway"], deadline_s=DEADLINE_S)
-        seen = replay(part, live, on_done=lambda _: None)
-        good = in_time(seen, times)
+        where = scenario(times, objective=OBJECTIVE)
+        seen = replay(part, Live(where, entries()["headway"], deadline_s=DEADLINE_S), on_done=lambda _: None)
+        good = in_time(seen, where)
         rates[name] = {
             "requests": len(seen),
             "in_time_per_s": round(len(good) / OVERLOAD_S, 3),
