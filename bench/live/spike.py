@@ -86,7 +86,7 @@ def in_time(seen: Sequence[Seen], where: Scenario) -> list[Seen]:
 def spike(trace: Trace, times: float, slower: float = 1.0) -> dict[str, Any]:
     """Streams that run when the spike comes keep their pace; what is admitted is in time; the queue drains.
 
-    slower: all in slow motion, the spike too. The machine's cores have so many times less to do in a second, so that what
+    slower: all in slow motion, the spike too. The cores have so many times less to do in a second, so that what
     is seen is the policy and the services, and not a machine that is busy.
     """
     at_s, spike_s, long_s = SPIKE_AT_S * slower, SPIKE_S * slower, LONG_S * slower
