@@ -33,6 +33,7 @@ class RouterConfig:
     pull_latency_s: float = option(0.005, "reckoned for fetching a prefix from another node, before its bytes")
     link_bytes_per_s: float = option(1e9, "reckoned between nodes at first; 0: nothing is pulled")
     max_index_blocks: int = option(4_000_000, "blocks remembered of all nodes (about 100 bytes each)")
+    metrics_port: int = option(0, "port of the metrics for Prometheus (HTTP, /metrics); 0: none")
     drain_s: float = option(30.0, "how long running requests may go on after SIGTERM")
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
 

@@ -124,7 +124,7 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self.stores: dict[str, StoreWatch] = {}
         self.index = PrefixIndex(config.max_index_blocks)
-        self._links = Links(config.pull_latency_s, config.link_bytes_per_s or math.inf)
+        self.links = Links(config.pull_latency_s, config.link_bytes_per_s or math.inf)
         self.model: ServedModel | None = None
         # Requests that wait for a worker that can serve them.
         self.waiting: set[Inbox] = set()
@@ -175,7 +175,7 @@ class Fleet:
         self.placer.add(worker.load)
         address = hello.kvstore_address
         if address not in self.stores:
-            self.stores[address] = StoreWatch(address, hello.node_id, self.index, self._links)
+            self.stores[address] = StoreWatch(address, hello.node_id, self.index, self.links)
         self.stores[address].users += 1
         log.info("worker=%s role=%s event=announced", hello.worker_id, worker.load.role.value)
         return worker
@@ -200,7 +200,7 @@ class Fleet:
             raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, refused)
         if self.model is None:
             self.model = ServedModel(card)
-            self._placer = make_placer(self._config, card, self.index, self._links)
+            self._placer = make_placer(self._config, card, self.index, self.links)
             self._wake_waiting()
 
     def _farewell(self, worker: Worker) -> None:
@@ -218,7 +218,7 @@ class Fleet:
     def _drop_unused(self, store: StoreWatch) -> None:
         if not store.users and self.stores.get(store.address) is store:
             del self.stores[store.address]
-            self._links.forget(store.address)
+            self.links.forget(store.address)
             store.close()
 
     def _wake_waiting(self) -> None:
@@ -251,7 +251,7 @@ class Fleet:
 
     def link_views(self) -> Iterable[router_pb2.LinkView]:
         now = time.monotonic()
-        for source, destination, link in self._links:
+        for source, destination, link in self.links:
             backlog_s = max(0.0, link.free_s - now)
             # Most pairs were only ever thought of.
             if not (link.count or backlog_s) or source not in self.stores:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from headway.runtime.config import load_or_exit
 from headway.runtime.log import setup_logs
+from headway.runtime.metrics import Exporter
 from headway.runtime.server import GrpcServer, notify, run_service, stop_event
 from headway.v1 import router_pb2, router_pb2_grpc
 from services.router.config import RouterConfig
+from services.router.figures import figures
 from services.router.service import RouterService
 
 PROGRAM = "headway-router"
@@ -27,6 +29,7 @@ async def serve(config: RouterConfig) -> None:
     server = GrpcServer([SERVICE])
     router_pb2_grpc.add_RouterServiceServicer_to_server(service, server.server)
     port = server.listen(config.host, config.port)
+    exporter = _exporter(config, service)
     await server.start()
     await server.set_serving(True)
     if config.port_file:
@@ -40,7 +43,15 @@ async def serve(config: RouterConfig) -> None:
     await service.drain(config.drain_s)
     await server.stop(0.0)
     service.fleet.close()
+    if exporter is not None:
+        await exporter.close()
     await asyncio.sleep(0)
+
+
+def _exporter(config: RouterConfig, service: RouterService) -> Exporter | None:
+    if not config.metrics_port:
+        return None
+    return Exporter(config.host, config.metrics_port, lambda: figures(service.fleet, len(service.in_flight)))
 
 
 def main() -> None:

@@ -145,7 +145,7 @@ async def test_fleet_shows_links_that_are_used_and_not_those_that_were_only_thou
     async with Rig() as rig:
         await rig.add("m0")
         (source,) = rig.service.fleet.stores
-        links = rig.service.fleet._links
+        links = rig.service.fleet.links
         links.between(source, "thought of")
         links.between("gone", source).observe(10_000_000, 0.1)
         links.between(source, "measured").observe(10_000_000, 0.1)
