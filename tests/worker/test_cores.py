@@ -14,7 +14,7 @@ import pytest
 from headway.core.fit import Timing
 from headway.core.step import StepLimits
 from headway.engine.contract import Chunk, Drawn
-from headway.worker.cores import KEPT, USED, Cores, Share
+from headway.worker.cores import KEPT, NICE, USED, Cores, Share
 from tests.worker.rig import Bench, GatedEngine, Heard, sequence, until_over
 
 OTHER = """
@@ -136,7 +136,7 @@ def seen(folder: Path) -> tuple[int, int]:
     """Kept and used, as another process sees it."""
     code = f"""
 from pathlib import Path
-from headway.worker.cores import KEPT, USED, Cores
+from headway.worker.cores import KEPT, NICE, USED, Cores
 cores = Cores()
 cores.ids = [0, 1, 2, 3]
 cores.open(Path({str(folder)!r}))
@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_written_leaves_it_alone(tmp_path: Path) -> None
 
 
 class Threaded(GatedEngine):
-    """Remembers the threads and the scheduling class of each forward."""
+    """Remembers the threads and the nice value of each forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Threaded(GatedEngine):
         self.threads = count
 
     def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
-        self.forwards.append((self.threads, os.sched_getscheduler(0)))
+        self.forwards.append((self.threads, os.getpriority(os.PRIO_PROCESS, 0)))
         return super().forward(chunks)
 
 
@@ -177,9 +177,10 @@ async def test_each_forward_has_the_threads_of_its_share(keep: int, tmp_path: Pa
             await finished(bench, 150)
         await finished(bench, 151)
         await finished(bench, 152)
-    kind = os.sched_getscheduler(0) if keep else os.SCHED_IDLE
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    nice = mine if keep else min(mine + NICE, 19)
     prompts = [forward for forward, batch in zip(engine.forwards, engine.batches, strict=True) if batch[0] > 1]
-    assert prompts == [(3, kind)] * 3 + [(4, kind)] * 6
+    assert prompts == [(3, nice)] * 3 + [(4, nice)] * 6
     assert seen(tmp_path) == (0, 0)
 
 
