@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from headway.core.fit import Timing
+from headway.core.timings import Timings
 from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker import operations
 from headway.worker.active import Active, Phase
@@ -38,7 +38,7 @@ class Leases:
         block_size: int,
         growth_tokens: int,
         acquire_timeout_s: float,
-        timing: Timing,
+        timings: Timings,
         *,
         on_ready: Callable[[Active], None],
         on_refused: Callable[[Active, common_pb2.Failure], None],
@@ -47,7 +47,7 @@ class Leases:
         self._block = block_size
         self._growth_tokens = growth_tokens
         self._timeout_s = acquire_timeout_s
-        self._timing = timing
+        self._timings = timings
         self._on_ready, self._on_refused, self._on_preempt = on_ready, on_refused, on_preempt
         self._held: dict[int, Active] = {}
         # Leases given to a joiner: a cancel may still have to release them.
@@ -89,7 +89,7 @@ class Leases:
                 self._growth_tokens,
                 self._timeout_s,
                 active.pull,
-                self._timing.prefill_token_s,
+                self._timings.now.prefill_token_s,
             ),
             acquired,
         )

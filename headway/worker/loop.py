@@ -19,6 +19,7 @@ from headway.core.leases import REMOTE
 from headway.core.order import Order
 from headway.core.sequence import Sequence
 from headway.core.step import StepLimits, Work, plan_step
+from headway.core.timings import Timings
 from headway.engine.contract import Chunk, DeviceLost, Drawn, Engine
 from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker.active import Active, Interrupt, Phase, Sink
@@ -44,7 +45,7 @@ class EngineLoop:
         engine: Engine,
         limits: StepLimits,
         order: Order,
-        timing: Timing,
+        timings: Timings,
         *,
         growth_tokens: int,
         acquire_timeout_s: float,
@@ -55,11 +56,9 @@ class EngineLoop:
         self._engine = engine
         self._limits = limits
         self.order = order
-        # Of forwards with as many threads as the last one had.
-        self.timing = timing
+        self._timings = timings
         # None: the engine's threads are its own affair.
         self._share = share
-        self._timings = {share.threads: timing} if share else {}
         self.fairness = Fairness()
         # Of the tenants that waited when the last forward was planned.
         self.debts: Mapping[str, float] = NO_DEBTS
@@ -73,7 +72,7 @@ class EngineLoop:
             engine.card.kv_format.block_size,
             growth_tokens,
             acquire_timeout_s,
-            timing,
+            timings,
             on_ready=self._ready,
             on_refused=self._fail,
             on_preempt=self._preempt,
@@ -172,6 +171,11 @@ class EngineLoop:
             self._end(active)
 
     @property
+    def timing(self) -> Timing:
+        """Of forwards with as many threads as the last one had."""
+        return self._timings.now
+
+    @property
     def actives(self) -> list[Active]:
         return list(self._actives.values())
 
@@ -208,13 +212,11 @@ class EngineLoop:
         self._forwards.close()
 
     def _take_cores(self) -> int | None:
-        """The threads of the next forward, and what forwards with them take."""
+        """The threads of the next forward; from now on `timing` is of so many."""
         if self._share is None:
             return None
         threads = self._share.begin()
-        if threads not in self._timings:
-            self._timings[threads] = self._timings[self._share.threads].times(self._share.threads / threads)
-        self.timing = self._timings[threads]
+        self._timings.use(threads)
         return threads
 
     def _plan(self) -> list[Work[Sequence]]:

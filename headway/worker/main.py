@@ -13,8 +13,8 @@ from typing import Any
 
 import grpc
 
-from headway.core.fit import Timing
 from headway.core.model import ModelCard
+from headway.core.timings import Timings
 from headway.engine.contract import Engine
 from headway.engine.simulated import Latency, SimulatedEngine, simulated_card
 from headway.runtime.convert import card_to_proto
@@ -94,16 +94,16 @@ async def run_worker(
     port = server.listen(config.host, config.port)
     device = await asyncio.to_thread(_device, config)
     engine = await asyncio.to_thread(make_engine, config, role)
-    identity = _identity(config, engine.card, cores_of(config, role)[0])
-    timing, timing_file = Timing(), TimingFile(config.timing_file, identity)
-    await asyncio.to_thread(_know_speed, config, engine, timing, timing_file)
+    threads = cores_of(config, role)[0]
+    timings, timing_file = Timings(threads), TimingFile(config.timing_file, _identity(config, engine.card, threads))
+    await asyncio.to_thread(_know_speed, config, engine, timings, timing_file)
     # The model's objects live as long as the process: a collection that walked them would stop every stream.
     gc.freeze()
     loop = EngineLoop(
         engine,
         config.limits,
         config.prompt_order,
-        timing,
+        timings,
         growth_tokens=config.growth_tokens,
         acquire_timeout_s=config.acquire_timeout_s,
         share=share_of(config, role),
@@ -151,27 +151,27 @@ async def run_worker(
     notify("READY=1")
     log.info("event=ready worker=%s port=%d model=%s", config.name, port, engine.card.name)
     try:
-        jobs = [attachment.run(), loop.run(), announcer.run(), timing_file.keep(timing)]
+        jobs = [attachment.run(), loop.run(), announcer.run(), timing_file.keep(timings)]
         await _work(jobs, server, loop, announcer, stopped, config.drain_s)
     except BaseException:
         # What failed sequences were told must reach their routers, or this counts as a death of their making.
         await server.stop(FLUSH_S)
         raise
     finally:
-        timing_file.save(timing)
+        timing_file.save(timings)
     loop.close()
 
 
-def _know_speed(config: WorkerConfig, engine: Engine, timing: Timing, file: TimingFile) -> None:
+def _know_speed(config: WorkerConfig, engine: Engine, timings: Timings, file: TimingFile) -> None:
     """From the last run, or measured now; one who knows neither learns from its work."""
-    if file.load(timing) or not config.measure_s:
+    if file.load(timings) or not config.measure_s:
         return
     try:
         with alone() if config.engine != "sim" else contextlib.nullcontext():
-            measure(engine, timing, config.measure_s)
+            measure(engine, timings.now, config.measure_s)
     except Exception:
         log.exception("event=measure_failed")
-    file.save(timing)
+    file.save(timings)
 
 
 async def _work(

@@ -17,6 +17,7 @@ import numpy as np
 
 from headway.core.fit import ForwardWork, Timing
 from headway.core.sampling import Sampling
+from headway.core.timings import Timings
 from headway.engine.contract import Chunk, Draw, Engine
 from headway.slab.host import slot_stride
 
@@ -91,13 +92,13 @@ def alone(timeout_s: float = 20.0) -> Iterator[None]:
 
 
 class TimingFile:
-    """The timing of a worker in a JSON file, for the model and the place that it was measured for; "": no file."""
+    """The timings of a worker in a JSON file, for the model and the place that it was measured for; "": no file."""
 
     def __init__(self, path: str, identity: str) -> None:
         self._path = Path(path) if path else None
         self._identity = identity
 
-    def load(self, timing: Timing) -> bool:
+    def load(self, timings: Timings) -> bool:
         """Whether the file had figures of this worker; a file that cannot be used is as good as none."""
         if self._path is None:
             return False
@@ -105,7 +106,9 @@ class TimingFile:
             kept = json.loads(self._path.read_text())
             if kept["identity"] != self._identity:
                 return False
-            timing.restore(kept["timing"])
+            if "timings" not in kept:
+                raise ValueError("an earlier version wrote it; it is measured anew")
+            timings.restore(kept["timings"])
         except FileNotFoundError:
             return False
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -113,17 +116,17 @@ class TimingFile:
             return False
         return True
 
-    async def keep(self, timing: Timing) -> None:
+    async def keep(self, timings: Timings) -> None:
         """Save it every minute: a worker that is killed loses no more."""
         while self._path is not None:
             await asyncio.sleep(SAVE_S)
-            await asyncio.to_thread(self.save, timing)
+            await asyncio.to_thread(self.save, timings)
 
-    def save(self, timing: Timing) -> None:
+    def save(self, timings: Timings) -> None:
         """A file that cannot be written costs a measurement at the next start, nothing else."""
-        if self._path is None or not timing.prefill.count:
+        if self._path is None or not timings.known:
             return
-        text = json.dumps({"identity": self._identity, "timing": timing.state()})
+        text = json.dumps({"identity": self._identity, "timings": timings.state()})
         partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

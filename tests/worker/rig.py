@@ -16,6 +16,7 @@ from headway.core.sampling import Sampling
 from headway.core.sequence import Finish
 from headway.core.sequence import Sequence as Running
 from headway.core.step import StepLimits
+from headway.core.timings import Timings
 from headway.engine.contract import Chunk, Draw, Drawn
 from headway.engine.simulated import SimulatedEngine, expected_tokens, simulated_card
 from headway.v1 import common_pb2
@@ -92,7 +93,7 @@ class Bench:
             self.engine,
             limits,
             Order(),
-            timing or Timing(),
+            Timings(share.threads if share else 1, timing),
             growth_tokens=16,
             acquire_timeout_s=1.0,
             share=share,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from headway.core.fit import ForwardWork, Timing
+from headway.core.timings import Timings
 from headway.engine.simulated import Latency, SimulatedEngine, simulated_card
 from headway.worker.measure import TimingFile, alone, measure
 
@@ -47,42 +48,58 @@ def test_workers_measure_themselves_one_after_another(monkeypatch: pytest.Monkey
 
 def test_what_was_learned_is_kept_for_the_same_model_and_place(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "timing.json"
-    timing = Timing()
-    for tokens in (100, 1000):
-        timing.observe(ForwardWork([(tokens, 0)]), tokens * 1e-3)
-    TimingFile(str(path), "here").save(timing)
-    again = Timing()
+    timings = Timings(4)
+    for threads, token_s in ((4, 1e-3), (1, 3e-3)):
+        for tokens in (100, 1000):
+            timings.use(threads).observe(ForwardWork([(tokens, 0)]), tokens * token_s)
+    TimingFile(str(path), "here").save(timings)
+    again = Timings(4)
     assert TimingFile(str(path), "here").load(again)
-    assert again.predictor == timing.predictor
-    assert not TimingFile(str(path), "elsewhere").load(Timing())
+    for threads in (4, 1):
+        assert again.use(threads).predictor == timings.use(threads).predictor
+    assert not TimingFile(str(path), "elsewhere").load(Timings(4))
     assert [entry.name for entry in path.parent.iterdir()] == ["timing.json"]
 
 
 @pytest.mark.parametrize(
-    "content", ["not json", "{}", '{"identity": "here", "timing": {"prefill": [1], "step": [1]}}', "[]"]
+    ("content", "reason"),
+    [
+        ("not json", "Expecting value"),
+        ("{}", "identity"),
+        ("[]", "list indices"),
+        ('{"identity": "here", "timing": {"prefill": [1], "step": [1]}}', "an earlier version wrote it"),
+        ('{"identity": "here", "timings": {}}', "no timings of 4 threads"),
+        ('{"identity": "here", "timings": {"4": {"prefill": [1], "step": [1]}}}', "21 numbers"),
+    ],
 )
-def test_a_file_that_is_none_is_left_alone(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_none_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str, reason: str
+) -> None:
     path = tmp_path / "timing.json"
     path.write_text(content)
-    assert not TimingFile(str(path), "here").load(Timing())
+    timings = Timings(4)
+    before = timings.state()
+    assert not TimingFile(str(path), "here").load(timings)
     assert path.read_text() == content
+    assert timings.state() == before
+    assert [(record.levelname, reason in record.message) for record in caplog.records] == [("WARNING", True)]
 
 
 def test_no_file_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    timing = Timing()
-    timing.observe(ForwardWork([(100, 0)]), 0.1)
-    TimingFile("", "here").save(timing)
-    assert not TimingFile("", "here").load(timing)
-    TimingFile(str(tmp_path / "new.json"), "here").save(Timing())
+    timings = Timings()
+    timings.now.observe(ForwardWork([(100, 0)]), 0.1)
+    TimingFile("", "here").save(timings)
+    assert not TimingFile("", "here").load(timings)
+    TimingFile(str(tmp_path / "new.json"), "here").save(Timings())
     assert not list(tmp_path.iterdir()), "nothing was learned, so nothing is kept"
-    TimingFile("/proc/nowhere/file", "here").save(timing)
+    TimingFile("/proc/nowhere/file", "here").save(timings)
 
 
 def test_the_file_is_plain_json(tmp_path: Path) -> None:
     path = tmp_path / "timing.json"
-    timing = Timing()
-    timing.observe(ForwardWork((), 4, 100), 0.01)
-    timing.observe(ForwardWork([(100, 0)]), 0.1)
-    TimingFile(str(path), "here").save(timing)
+    timings = Timings()
+    timings.now.observe(ForwardWork((), 4, 100), 0.01)
+    timings.now.observe(ForwardWork([(100, 0)]), 0.1)
+    TimingFile(str(path), "here").save(timings)
     assert json.loads(path.read_text())["identity"] == "here"
