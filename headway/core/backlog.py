@@ -45,8 +45,8 @@ class Backlog:
     """
 
     __slots__ = (
-        "_exec_s", "_others", "_promised", "_prompts", "_waiting", "debts", "limits", "order", "piece_s", "running",
-        "tokens", "until_s",
+        "_exec_s", "_others", "_promised", "_prompts", "_waiting", "debts", "least_s", "limits", "order", "piece_s",
+        "running", "tokens", "until_s",
     )  # fmt: skip
 
     def __init__(self, limits: StepLimits = UNCUT, order: Order = DEFAULT_ORDER) -> None:
@@ -64,11 +64,11 @@ class Backlog:
         # By key; `_exec_s` beside it, so that a sum over those ahead is one slice.
         self._waiting: list[tuple[Key, int, Prompt]] = []
         self._exec_s: list[float] = []
-        # Computed now, when it should be done, and seconds after which a newcomer with a smaller key interrupts it;
-        # infinite where it is computed in one piece.
+        # Computed now, when it should be done, and seconds after which a newcomer with a smaller key interrupts it
+        # (infinite where it is computed in one piece); `least_s`: one that is done within a piece.
         self.running: Prompt | None = None
         self.until_s = 0.0
-        self.piece_s = math.inf
+        self.piece_s = self.least_s = math.inf
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -89,8 +89,9 @@ class Backlog:
         """Of those that wait the smallest; None when none does."""
         return self._waiting[0][0] if self._waiting else None
 
-    def turn(self, key: Key, now_s: float) -> tuple[float, int]:
-        """For a newcomer with this key: seconds until it would start, and how many prompts it would push back.
+    def turn(self, key: Key, now_s: float, exec_s: float = math.inf) -> tuple[float, int]:
+        """For a newcomer with this key, which takes `exec_s`: seconds until it would start, and how many prompts it
+        would push back.
 
         Before it go the rest of the running prompt, and all with keys up to its own.
         """
@@ -110,8 +111,9 @@ class Backlog:
                 left = 0.0
             if self.piece_s != math.inf and key < self._key_of_running(left):
                 pushed = 1
-                if left > self.piece_s:
-                    left = self.piece_s
+                piece_s = self.least_s if exec_s < self.piece_s else self.piece_s
+                if left > piece_s:
+                    left = piece_s
         waiting = self._waiting
         if not waiting:
             return left, pushed
@@ -268,6 +270,7 @@ class Backlog:
         self.piece_s = self.limits.chunk_s
         if prompt.tokens > most:
             self.piece_s = min(self.piece_s, prompt.exec_s * most / prompt.tokens)
+        self.least_s = self.piece_s / self.limits.layers
 
     def _rest_s(self, now_s: float) -> float:
         """Left to compute of the running prompt."""

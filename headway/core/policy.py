@@ -118,7 +118,7 @@ class Planner:
         backlog = load.backlog
         key = backlog.order.key(own_s, new, ask.arrival_s, ask.priority)
         place = backlog.with_debt(key, ask.tenant) if backlog.debts else key
-        wait_s, behind = backlog.turn(place, now_s)
+        wait_s, behind = backlog.turn(place, now_s, own_s)
         if ask.promised and pull_from is None:
             wait_s = max(wait_s, ask.awaits(load.worker_id, load.node, overlap).ready_s - now_s)
         compute_s = own_s
@@ -186,8 +186,8 @@ class LeastDelay:
             running = backlog.running
             if running is not None and running.ready_s <= now_s:
                 left_s = backlog.until_s - now_s
-                if left_s > backlog.piece_s:
-                    floor_s += backlog.piece_s
+                if left_s > backlog.least_s:
+                    floor_s += backlog.least_s
                 elif left_s > 0:
                     floor_s += left_s
             floors.append((floor_s, at))

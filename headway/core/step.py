@@ -46,6 +46,8 @@ class StepLimits:
     chunk_s: seconds that a forward of prompts may take, because a short prompt that arrives meanwhile waits for it;
     shared_chunk_s: what prompts may add to a forward in which others decode, because their next token waits for it;
     itl_s: what such a forward may take in all, though a block of a prompt is always in it.
+    layers: in so many equal parts a forward of prompts falls, between which a prompt that goes first, and is done
+    sooner than the rest, is computed (core.guest); 1: it waits for the end.
     """
 
     batch: int = 64
@@ -53,6 +55,7 @@ class StepLimits:
     chunk_s: float = 0.15
     shared_chunk_s: float = 0.1
     itl_s: float = math.inf
+    layers: int = 1
 
     def beside_s(self, step_s: float) -> float:
         """What prompts may add to a forward that takes `step_s` for those who decode."""
@@ -120,9 +123,17 @@ def _chunk(sequence: Runnable, left: int, within: float, *, first: bool) -> int:
     return most if within == math.inf else min(most, int(within))
 
 
-def prompt_key(prompt: Runnable, predictor: Predictor, order: Order, debts: Mapping[str, float] = NO_DEBTS) -> Key:
-    """Its place among the waiting: smallest first."""
-    cached = max(prompt.computed, prompt.likely)
+def prompts_s(work: Iterable[Work[S]], predictor: Predictor) -> float:
+    """What one forward of these prompts takes."""
+    fixed_s = predictor.prefill[0]
+    return fixed_s + sum(predictor.prefill_s(item.count, item.start) - fixed_s for item in work)
+
+
+def prompt_key(
+    prompt: Runnable, predictor: Predictor, order: Order, debts: Mapping[str, float] = NO_DEBTS, done: int = 0
+) -> Key:
+    """Its place among the waiting: smallest first. `done`: tokens that the forward that runs has computed of it."""
+    cached = max(prompt.computed + done, prompt.likely)
     pending = prompt.pending - (cached - prompt.computed)
     debt_s = debts.get(prompt.tenant, 0.0)
     return order.key(predictor.prefill_s(pending, cached), pending, prompt.arrival_s, prompt.priority, debt_s)

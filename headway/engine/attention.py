@@ -53,6 +53,8 @@ def paged_attention(
 
 def attend(plan: Plan, layer: int, query: torch.Tensor, new: torch.Tensor, scaling: float | None) -> torch.Tensor:
     """RoPE applied: query [rows, heads, dim], K and V [rows, 2, kv_heads, dim] → [rows, heads, dim], as the slab's."""
+    if layer and plan.between is not None:
+        plan.between()
     pages, shape = plan.pages, query.shape
     query, new = query[: plan.rows].to(pages.dtype), new[: plan.rows].to(pages.dtype)
     plan.store(layer, new)

@@ -6,7 +6,7 @@ sequence can go on in any worker that maps the slab. What it keeps beside (a cop
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,6 +84,8 @@ class Engine(Protocol):
     """
 
     card: ModelCard
+    # Whether forward() lets others in between its layers.
+    interruptible: bool
 
     def bind(self, slab: SlabArray) -> None:
         """Use this slab from now on: uint8 [slots, slot_stride], writable, of card.kv_format, on the model's device."""
@@ -102,8 +104,12 @@ class Engine(Protocol):
         ignored.
         """
 
-    def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
+    def forward(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> list[Drawn | None]:
         """Compute all chunks in one pass, write their K and V, and draw where asked; one entry a chunk, in order.
 
-        Raises DeviceLost when no later forward can succeed either; then nothing more may be launched.
+        between: called by an interruptible engine between any two layers, where no chunk is a step of a sequence that
+        has a name; never after the last layer. It may call forward() for other chunks, without a `between`.
+
+        Raises DeviceLost when no later forward can succeed either; then nothing more may be launched. An engine that
+        may raise it is not interruptible.
         """

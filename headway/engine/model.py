@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
@@ -45,6 +45,8 @@ class TorchEngine:
         self._copy_bytes = copy_bytes
         self._model = model
         self.device = device
+        # On a GPU all layers are launched long before they are computed.
+        self.interruptible = device.type == "cpu"
         self._pages: Pages | None = None
         self._copies: Copies | None = None
 
@@ -72,11 +74,11 @@ class TorchEngine:
         """See the contract."""
         return torch.zeros((slots, stride), dtype=torch.uint8, device=self.device)
 
-    def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
+    def forward(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> list[Drawn | None]:
         """See the contract. Raises ValueError, before anything is written, where a chunk cannot be computed."""
         draws = [chunk.draw for chunk in chunks if chunk.draw is not None]
         try:
-            logits = self.logits(chunks)
+            logits = self.logits(chunks, between)
             drawn = iter(draw_rows(logits, draws))
             if self.device.type != "cpu":
                 # No event crosses processes: whoever hears of these blocks may read them at once.
@@ -92,12 +94,15 @@ class TorchEngine:
         return self._with_copied(chunks, results) if self._copies and self._copies.made else results
 
     @torch.inference_mode()
-    def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def logits(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> torch.Tensor:
         """float32 [draws, vocabulary]: the logits after the last token of each chunk that draws, in order."""
         if self._pages is None:
             raise ModelError("the engine has no slab; bind one first")
         self._check(chunks)
         plan = self._plan(self._pages, chunks)
+        if self.interruptible and not plan.batches:
+            # A later plan may give away the rows of working copies that this one's batches read.
+            plan = plan._replace(between=between)
         more = np.zeros(self._more_rows(plan.rows), np.int64)
         ids = np.concatenate([*(np.asarray(chunk.tokens, np.int64) for chunk in chunks), more])
         positions = np.concatenate([*(np.arange(c.position, c.position + len(c.tokens)) for c in chunks), more])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -138,7 +138,7 @@ class Plan(NamedTuple):
 
     rows: of the pack, that are tokens; any that follow only fill it up. runs, pieces: where rows of longer chunks go.
     steps: (rows, slots, offsets), int64 each, of all other rows; rows is None where those are all. batches: sequences
-    that attend together; every other chunk is a span.
+    that attend together; every other chunk is a span. between: called between two layers, see contract.Engine.
     """
 
     pages: Pages
@@ -148,6 +148,7 @@ class Plan(NamedTuple):
     pieces: list[Piece]
     steps: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
     batches: Sequence[Batch] = ()
+    between: Callable[[], None] | None = None
 
     def store(self, layer: int, new: torch.Tensor) -> None:
         """Write K and V of all rows, [rows, 2, kv_heads, head_dim] in the dtype of the pages, into the slab."""

@@ -75,6 +75,7 @@ class SimulatedEngine:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.card = card
+        self.interruptible = False
         self._latency = latency or Latency()
         self._poison = poison_token
         self._sleep = sleep
@@ -98,7 +99,7 @@ class SimulatedEngine:
     def forget(self, sequence: Hashable) -> None:
         pass
 
-    def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
+    def forward(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> list[Drawn | None]:
         if self._poison is not None and any(self._poison in chunk.tokens for chunk in chunks):
             os.kill(os.getpid(), signal.SIGKILL)
         until_s = time.monotonic() + self._latency.of(chunks)

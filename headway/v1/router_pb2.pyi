@@ -737,6 +737,7 @@ class WorkerHello(_message.Message):
     AGEING_FIELD_NUMBER: _builtins.int
     CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
     ITL_OBJECTIVE_S_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     node_id: _builtins.str
     role: _common_pb2.WorkerRole.ValueType
@@ -755,6 +756,10 @@ class WorkerHello(_message.Message):
     chunk_tokens: _builtins.int
     """Prompt tokens in one forward, at most, and seconds that such a step may take in all; 0: any."""
     itl_objective_s: _builtins.float
+    layers: _builtins.int
+    """In so many equal parts a forward of prompts falls, between which a prompt goes that comes first and is done sooner
+    than the rest; 0 and 1: it waits for the forward's end.
+    """
     @_builtins.property
     def model(self) -> _common_pb2.ModelCard: ...
     def __init__(
@@ -774,10 +779,11 @@ class WorkerHello(_message.Message):
         ageing: _builtins.float = ...,
         chunk_tokens: _builtins.int = ...,
         itl_objective_s: _builtins.float = ...,
+        layers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ageing", b"ageing", "chunk_s", b"chunk_s", "chunk_tokens", b"chunk_tokens", "itl_objective_s", b"itl_objective_s", "kvstore_address", b"kvstore_address", "max_batch", b"max_batch", "model", b"model", "node_id", b"node_id", "order", b"order", "pid", b"pid", "role", b"role", "shared_chunk_s", b"shared_chunk_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ageing", b"ageing", "chunk_s", b"chunk_s", "chunk_tokens", b"chunk_tokens", "itl_objective_s", b"itl_objective_s", "kvstore_address", b"kvstore_address", "layers", b"layers", "max_batch", b"max_batch", "model", b"model", "node_id", b"node_id", "order", b"order", "pid", b"pid", "role", b"role", "shared_chunk_s", b"shared_chunk_s", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

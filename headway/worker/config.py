@@ -15,6 +15,8 @@ from headway.slab.device import KINDS, valid_name
 ORDERS = tuple(rule.value for rule in Rule)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("float", "bfloat16", "int8", "int4")
+# Seconds of a forward of prompts, for whose end shorter ones need not, or have to, wait.
+LAYERED_CHUNK_S, WHOLE_CHUNK_S = 0.5, 0.15
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,11 @@ class WorkerConfig:
     )
     max_batch: int = option(64, "sequences in one forward")
     chunk_tokens: int = option(8192, "prompt tokens in one forward, at most")
-    chunk_s: float = option(0.15, "seconds that a forward of prompts may take: a shorter prompt waits for it")
+    chunk_s: float = option(
+        0.0,
+        "seconds that a forward of prompts may take; 0: 0.5 where shorter prompts go between its layers "
+        "(prefill on a CPU), else 0.15, because they wait for it",
+    )
     shared_chunk_s: float = option(0.1, "seconds that prompts may add to a forward in which other sequences decode")
     itl_objective_s: float = option(
         0.1, "seconds between tokens, which prompts beside them leave room for; 0: no limit"
@@ -73,10 +79,9 @@ class WorkerConfig:
         for name in ("sim_prefill", "sim_step"):
             if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 0:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be three numbers of at least 0")
-        for name in ("chunk_s", "shared_chunk_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be above 0")
-        for name in ("ageing", "measure_s", "itl_objective_s", "copy_bytes"):
+        if not self.shared_chunk_s > 0:
+            raise ConfigError(f"setting shared_chunk_s is {self.shared_chunk_s}; it must be above 0")
+        for name in ("chunk_s", "ageing", "measure_s", "itl_objective_s", "copy_bytes"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}; it must be at least 0")
         for name in ("max_batch", "chunk_tokens", "growth_tokens"):
@@ -99,10 +104,11 @@ class WorkerConfig:
         """`kv_dtype` with its default filled in."""
         return self.model_dtype if self.kv_dtype == "auto" else self.kv_dtype
 
-    @property
-    def limits(self) -> StepLimits:
+    def limits(self, layers: int) -> StepLimits:
+        """layers: of its forwards of prompts, between which shorter ones go; 1: they do not."""
+        chunk_s = self.chunk_s or (LAYERED_CHUNK_S if layers > 1 else WHOLE_CHUNK_S)
         itl_s = self.itl_objective_s or math.inf
-        return StepLimits(self.max_batch, self.chunk_tokens, self.chunk_s, self.shared_chunk_s, itl_s)
+        return StepLimits(self.max_batch, self.chunk_tokens, chunk_s, self.shared_chunk_s, itl_s, layers)
 
     @property
     def prompt_order(self) -> Order:

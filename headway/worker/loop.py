@@ -1,7 +1,7 @@
 """The engine loop, the same for prefill and decode: plan → forward → apply, over sequences that hold a lease.
 
-Runs on the event loop; only forwards run elsewhere (worker.forwards). Between `_plan` and `_apply` no block table
-in use changes, and no slot in use is given up.
+Runs on the event loop; only forwards run elsewhere (worker.forwards). From its plan (worker.steps) until `_apply` no
+block table that a step uses changes, and none of its slots is given up: for each forward and for each guest by itself.
 """
 
 from __future__ import annotations
@@ -9,31 +9,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import grpc
 
-from headway.core.fair import NO_DEBTS, Fairness
-from headway.core.fit import Timing
-from headway.core.leases import REMOTE
 from headway.core.order import Order
 from headway.core.sequence import Sequence
-from headway.core.step import StepLimits, Work, plan_step
+from headway.core.step import StepLimits
 from headway.core.timings import Timings
-from headway.engine.contract import Chunk, DeviceLost, Drawn, Engine
+from headway.engine.contract import DeviceLost, Drawn, Engine
 from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker.active import Active, Interrupt, Phase, Sink
 from headway.worker.attach import Slab
 from headway.worker.convert import failure
 from headway.worker.cores import Share, yield_to_others
-from headway.worker.forwards import Forwards, Result
+from headway.worker.forwards import Done, Forwards, Result, Step
 from headway.worker.leases import Leases
 from headway.worker.lost import check_device
+from headway.worker.steps import Steps
 
 log = logging.getLogger(__name__)
 
-# A last chunk that takes longer than this is worth a message to the joiner beforehand.
-OFFER_EARLY_S = 0.005
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 
@@ -54,14 +50,6 @@ class EngineLoop:
         on_prompt: Callable[[str], None] = lambda router_id: None,
     ) -> None:
         self._engine = engine
-        self._limits = limits
-        self.order = order
-        self._timings = timings
-        # None: the engine's threads are its own affair.
-        self._share = share
-        self.fairness = Fairness()
-        # Of the tenants that waited when the last forward was planned.
-        self.debts: Mapping[str, float] = NO_DEBTS
         self._on_load = on_load
         # Told on whose behalf a prompt came that can be computed now.
         self._on_prompt = on_prompt
@@ -77,19 +65,21 @@ class EngineLoop:
             on_refused=self._fail,
             on_preempt=self._preempt,
         )
+        self.steps = Steps(limits, order, timings, share, self.leases)
         self._wake = asyncio.Event()
         self._between_steps = asyncio.Event()
         self._between_steps.set()
         prepare = yield_to_others if share and share.yields else lambda: None
-        self._forwards = Forwards(engine, self.fairness, lambda: self.slab is not None, prepare)
+        self._forwards = Forwards(engine, lambda: self.slab is not None, prepare)
+        # Planned to run between two layers of the forward that runs, and not applied yet.
+        self._guest: Step | None = None
         self.slab: Slab | None = None
 
     # ------------------------------------------------------------------ attachment
 
     def attached(self, slab: Slab) -> None:
         self._engine.bind(slab.view)
-        if self._share:
-            self._share.attached(slab.folder)
+        self.steps.attached(slab.folder)
         self.slab = slab
         self._on_load()
 
@@ -171,11 +161,6 @@ class EngineLoop:
             self._end(active)
 
     @property
-    def timing(self) -> Timing:
-        """Of forwards with as many threads as the last one had."""
-        return self._timings.now
-
-    @property
     def actives(self) -> list[Active]:
         return list(self._actives.values())
 
@@ -188,77 +173,64 @@ class EngineLoop:
     async def run(self) -> None:
         """Step while there is work; wait otherwise. Raises HeadwayError when the device does not work any more."""
         while True:
-            threads = self._take_cores()
-            work = self._plan() if self.slab is not None else []
-            if not work:
-                if self._share:
-                    self._share.idle()
+            step = self.steps.next(self._actives) if self.slab is not None else None
+            if step is None:
+                self.steps.idle()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             self._between_steps.clear()
             try:
-                results = await self._forwards.run(work, self._chunks(work), self.timing, threads)
-                if self.slab is None:
-                    # The store was free to give out anew what was read meanwhile.
-                    results = [DeviceLost("the kvstore of this node went away")] * len(work)
-                self._apply(work, results)
+                done = await self._forwards.run(step, self._guest_done if self.steps.hosts else None)
+                self.steps.ended()
+                self._withdraw_guest()
+                self._apply(step, done)
             finally:
                 self._between_steps.set()
             if self.slab is not None:
-                check_device(results)
+                check_device(done.results)
 
     def close(self) -> None:
         self._forwards.close()
 
-    def _take_cores(self) -> int | None:
-        """The threads of the next forward; from now on `timing` is of so many."""
-        if self._share is None:
-            return None
-        threads = self._share.begin()
-        self._timings.use(threads)
-        return threads
+    def _invite_guest(self) -> None:
+        """Into the forward that runs, one at a time."""
+        if self._guest is None and self.slab is not None:
+            self._guest = self.steps.guest(self._actives)
+            if self._guest is not None:
+                self._forwards.invite(self._guest)
 
-    def _plan(self) -> list[Work[Sequence]]:
-        ready = [active.sequence for active in self._actives.values() if active.runnable]
-        self.debts = self.fairness.debts({sequence.tenant for sequence in ready if not sequence.decoding})
-        work = plan_step(ready, self._limits, self.timing.predictor, self.order, self.debts)
-        kept: list[Work[Sequence]] = []
-        for item in work:
+    def _guest_done(self, step: Step, done: Done) -> None:
+        self._guest = None
+        self.steps.guest_took(done.seconds)
+        for item in step.work:
             active = self._actives[item.sequence]
-            if active.passed_over and not active.replies_due and not item.sequence.decoding:
-                self.leases.refresh(active)
-            else:
-                kept.append(item)
-        if len(ready) > len(work):
-            picked = {item.sequence for item in work}
-            for sequence in ready:
-                if sequence not in picked:
-                    self._actives[sequence].passed_over = True
-        return kept
+            active.started_s = active.started_s or done.started_s
+        self._apply(step, done)
+        for item in step.work:
+            if item.sequence in self._actives:
+                self.steps.became_ready(self._actives[item.sequence])
+        self._invite_guest()
 
-    def _chunks(self, work: list[Work[Sequence]]) -> list[Chunk]:
-        now = time.monotonic()
-        chunks = []
-        for item in work:
+    def _withdraw_guest(self) -> None:
+        """The forward is over, and its guest was too late: it waits for the next plan like all others."""
+        self._guest = None
+        step = self._forwards.withdraw()
+        for item in step.work if step else ():
             active = self._actives[item.sequence]
-            active.stepping = True
-            active.started_s = active.started_s or now
-            offers = active.joiner and not active.joiner.startswith(REMOTE)
-            if item.draws and offers and self.timing.predictor.prefill_s(item.count, item.start) > OFFER_EARLY_S:
-                self.leases.offer_to_joiner(active)
-            tokens = item.sequence.tokens[item.start : item.start + item.count]
-            draw = active.draw() if item.draws else None
-            named = item.sequence if item.sequence.decoding else None
-            chunks.append(Chunk(tokens, item.start, active.slots, draw, named))
-        return chunks
+            _let_go(active)
+            if active.interrupt is not None:
+                self._interrupted(active)
 
-    def _apply(self, work: list[Work[Sequence]], results: list[Result]) -> None:
-        for item, result in zip(work, results, strict=True):
+    def _apply(self, step: Step, done: Done) -> None:
+        results: list[Result] = done.results
+        if self.slab is None:
+            # The store was free to give out anew what was read meanwhile.
+            results = [DeviceLost("the kvstore of this node went away")] * len(results)
+        self.steps.charge(step.work, done.seconds)
+        for item, result in zip(step.work, results, strict=True):
             active, sequence = self._actives[item.sequence], item.sequence
-            active.stepping = False
-            active.change_slots(active.deferred)
-            active.deferred = []
+            _let_go(active)
             sequence.computed = item.start + item.count
             if active.interrupt is not None:
                 self._interrupted(active)
@@ -321,6 +293,8 @@ class EngineLoop:
         if not active.expecting:
             active.ready_s = active.ready_s or time.monotonic()
             self._wake.set()
+            self.steps.became_ready(active)
+            self._invite_guest()
 
     def _fail(self, active: Active, problem: common_pb2.Failure) -> None:
         active.sink.failed(active, problem)
@@ -338,3 +312,10 @@ class EngineLoop:
         self._engine.forget(active.sequence)
         self.leases.forget(active)
         self._on_load()
+
+
+def _let_go(active: Active) -> None:
+    """No forward uses its slots any more: what came for them meanwhile is applied."""
+    active.stepping = False
+    active.change_slots(active.deferred)
+    active.deferred = []

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from headway.core.model import ModelCard
+from headway.core.step import StepLimits
 from headway.core.timings import Timings
 from headway.engine.contract import Engine
 from headway.engine.simulated import Latency, SimulatedEngine, simulated_card
@@ -54,6 +55,12 @@ def cores_of(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> tup
     if keep < 0:
         keep = 0 if role == common_pb2.WORKER_ROLE_PREFILL else threads
     return threads, keep
+
+
+def limits_of(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType, engine: Engine) -> StepLimits:
+    """Of its forwards. Where it decodes too there are no guests: who decodes would wait for a host's end."""
+    hosts = engine.interruptible and role == common_pb2.WORKER_ROLE_PREFILL
+    return config.limits(sum(group.layers for group in engine.card.kv_format.groups) if hosts else 1)
 
 
 def make_engine(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Engine:
@@ -99,9 +106,10 @@ async def run_worker(
     await asyncio.to_thread(_know_speed, config, engine, timings, timing_file)
     # The model's objects live as long as the process: a collection that walked them would stop every stream.
     gc.freeze()
+    limits = limits_of(config, role, engine)
     loop = EngineLoop(
         engine,
-        config.limits,
+        limits,
         config.prompt_order,
         timings,
         growth_tokens=config.growth_tokens,
@@ -121,11 +129,12 @@ async def run_worker(
         pid=os.getpid(),
         max_batch=config.max_batch,
         chunk_tokens=config.chunk_tokens,
-        chunk_s=config.chunk_s,
+        chunk_s=limits.chunk_s,
         shared_chunk_s=config.shared_chunk_s,
         itl_objective_s=config.itl_objective_s,
         order=config.order,
         ageing=config.ageing,
+        layers=limits.layers,
     )
 
     def current_hello() -> router_pb2.WorkerHello:

@@ -27,7 +27,7 @@ def worker_status(loop: EngineLoop, router_id: str) -> router_pb2.WorkerStatus:
     waiting = [active for active in actives if not active.sequence.decoding and active not in arriving]
     coming = [active.sequence for active in arriving if active.sink.router_id != router_id]
     others = [active.sequence for active in running if active.sink.router_id != router_id]
-    slab, timing = loop.slab, loop.timing
+    slab, timing = loop.slab, loop.steps.timing
     return router_pb2.WorkerStatus(
         ready=slab is not None,
         waiting_sequences=len(waiting),
@@ -41,14 +41,14 @@ def worker_status(loop: EngineLoop, router_id: str) -> router_pb2.WorkerStatus:
         prefill_error=timing.prefill.error,
         step_error=timing.step.error,
         prompts=_prompts(loop, waiting),
-        debts=dict(nlargest(MOST_TENANTS, loop.debts.items(), key=itemgetter(1))),
+        debts=dict(nlargest(MOST_TENANTS, loop.steps.debts.items(), key=itemgetter(1))),
         others=_share([*others, *coming, *loop.expected_by_others(router_id)]),
     )
 
 
 def _prompts(loop: EngineLoop, waiting: list[Active]) -> Iterable[router_pb2.QueuedPrompt]:
-    predictor, order = loop.timing.predictor, loop.order
-    debts = loop.debts
+    steps = loop.steps
+    predictor, order, debts = steps.timing.predictor, steps.order, steps.debts
     first = nsmallest(MOST_PROMPTS, waiting, key=lambda a: prompt_key(a.sequence, predictor, order, debts))
     for active in first:
         sequence = active.sequence
@@ -59,7 +59,7 @@ def _prompts(loop: EngineLoop, waiting: list[Active]) -> Iterable[router_pb2.Que
             arrival_s=sequence.arrival_s,
             priority=sequence.priority,
             running=active.stepping,
-            started=active.started_s > 0,
+            started=active.stepping or active.started_s > 0,
             tenant=sequence.tenant,
             first_token_due_s=sequence.first_token_due_s,
         )

@@ -112,6 +112,7 @@ def _limits(hello: router_pb2.WorkerHello) -> StepLimits:
         hello.chunk_s or math.inf,
         hello.shared_chunk_s or math.inf,
         hello.itl_objective_s or math.inf,
+        max(1, hello.layers),
     )
 
 

@@ -54,6 +54,18 @@ def test_a_shorter_one_waits_for_no_more_than_a_chunk() -> None:
     assert backlog.turn((0, 1.0), 9.8)[0] == pytest.approx(0.2)
 
 
+def test_one_that_is_done_sooner_waits_for_no_more_than_a_layer() -> None:
+    backlog = Backlog(StepLimits(chunk_s=0.5, layers=10))
+    backlog.add(prompt("long", 10.0), 0.0)
+    assert backlog.turn((0, 1.0), 0.0, 0.1) == (pytest.approx(0.05), 1)
+    assert backlog.turn((0, 1.0), 0.0, 0.6) == (pytest.approx(0.5), 1), "the rest of the chunk is sooner over"
+    assert backlog.turn((0, 11.0), 0.0, 0.1) == (pytest.approx(10.0), 0)
+    assert backlog.turn((0, 1.0), 9.98, 0.1)[0] == pytest.approx(0.02)
+    whole = Backlog(StepLimits(chunk_s=0.5))
+    whole.add(prompt("long", 10.0), 0.0)
+    assert whole.turn((0, 1.0), 0.0, 0.1) == (pytest.approx(0.5), 1)
+
+
 def test_what_the_worker_says_corrects_the_guess_of_who_runs() -> None:
     backlog = Backlog()
     for name in ("a", "b"):

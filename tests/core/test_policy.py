@@ -35,7 +35,11 @@ def fleet(draw: random.Random, size: int) -> list[WorkerLoad]:
         role = draw.choice([Role.PREFILL, Role.DECODE])
         predictor = Predictor((draw.uniform(0, 0.02), draw.uniform(1e-5, 2e-4), draw.uniform(0, 1e-8)), (0.01, 1e-4, 0))
         backlog = Backlog(
-            StepLimits(chunk_tokens=draw.choice([64, 200, 8192]), chunk_s=draw.choice([0.1, 0.5, float("inf")]))
+            StepLimits(
+                chunk_tokens=draw.choice([64, 200, 8192]),
+                chunk_s=draw.choice([0.1, 0.5, float("inf")]),
+                layers=draw.choice([1, 30]),
+            )
         )
         load = WorkerLoad(
             f"w{at}", f"n{at % 7}", role, predictor=predictor, backlog=backlog, sent=draw.randrange(0, 20)

@@ -40,8 +40,10 @@ async def test_an_objective_that_cannot_be_met_is_refused_at_once() -> None:
         await rig.quiet()
 
 
-@pytest.mark.parametrize("limits", [{"chunk_tokens": 64, "chunk_s": 1000.0}, {"chunk_s": 0.1}])
-async def test_an_objective_is_met_where_the_newcomer_interrupts(limits: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "limits", [{"chunk_tokens": 64, "chunk_s": 1000.0}, {"chunk_s": 0.1}, {"chunk_s": 3.0, "layers": 30}]
+)
+async def test_an_objective_is_met_where_the_newcomer_interrupts(limits: dict[str, Any]) -> None:
     async with Rig() as rig:
         await busy(rig, 5.0, **limits)
         got = await rig.run(rig.request(5, ttft_objective_s=1.0, refuse_late=True))

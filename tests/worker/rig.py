@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,13 +66,33 @@ class GatedEngine(SimulatedEngine):
     def forget(self, sequence: Hashable) -> None:
         self.known.discard(sequence)
 
-    def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
+    def forward(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> list[Drawn | None]:
         self.entered.release()
         assert self.gate.acquire(timeout=10)
         if any(self.fails_on in chunk.tokens for chunk in chunks):
             raise self.error
         self.batches.append([len(chunk.tokens) for chunk in chunks])
         self.known |= {chunk.sequence for chunk in chunks if chunk.sequence is not None}
+        return super().forward(chunks)
+
+
+class LayeredEngine(GatedEngine):
+    """Of three layers: a forward that takes guests waits before its second and its third one until the test lets it go
+    on, and says so.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.interruptible = True
+        self.pauses = threading.Semaphore(0)
+        self.paused = threading.Semaphore(0)
+
+    def forward(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> list[Drawn | None]:
+        if between is not None:
+            for _ in range(2):
+                self.paused.release()
+                assert self.pauses.acquire(timeout=10)
+                between()
         return super().forward(chunks)
 
 
@@ -87,8 +107,9 @@ class Bench:
         share: Share | None = None,
         timing: Timing | None = None,
         folder: Path = Path(),
+        slots: int = 64,
     ) -> None:
-        self.engine, self.store = engine or GatedEngine(), LittleStore()
+        self.engine, self.store = engine or GatedEngine(), LittleStore(slots)
         self.loop = EngineLoop(
             self.engine,
             limits,
@@ -110,6 +131,8 @@ class Bench:
             yield self
         finally:
             self.engine.gate.release(1000)
+            if isinstance(self.engine, LayeredEngine):
+                self.engine.pauses.release(1000)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             self.loop.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,7 +164,7 @@ class Threaded(GatedEngine):
     def use_threads(self, count: int) -> None:
         self.threads = count
 
-    def forward(self, chunks: Sequence[Chunk]) -> list[Drawn | None]:
+    def forward(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> list[Drawn | None]:
         self.forwards.append((self.threads, os.getpriority(os.PRIO_PROCESS, 0)))
         return super().forward(chunks)
 
@@ -195,7 +195,7 @@ async def test_predictions_are_those_of_the_threads_in_use(tmp_path: Path) -> No
     share, timing = Share(four(tmp_path), 4, keep=0), Timing(prefill=(0.0, 1e-3, 0.0))
     async with Bench(StepLimits(8, 64), share=share, folder=tmp_path, timing=timing).running() as bench:
         with other(tmp_path, KEPT, 2):
-            assert bench.loop._take_cores() == 2
-            assert bench.loop.timing.predictor.prefill_s(100, 0) == pytest.approx(0.2)
-        assert bench.loop._take_cores() == 4
-        assert bench.loop.timing is timing
+            bench.loop.steps.next({})
+            assert bench.loop.steps.timing.predictor.prefill_s(100, 0) == pytest.approx(0.2)
+        bench.loop.steps.next({})
+        assert bench.loop.steps.timing is timing

@@ -85,7 +85,7 @@ async def test_debts_put_prompts_back_and_are_told() -> None:
         due_s = 7.0 if tenant == "other" else None
         made = replace(sequence([1] * tokens), sequence_id=tenant, tenant=tenant, first_token_due_s=due_s)
         bench.loop.start(made, of_router("a"))
-    bench.loop.debts = {"flood": 5.0, "other": 0.0}
+    bench.loop.steps.debts = {"flood": 5.0, "other": 0.0}
     status = worker_status(bench.loop, "a")
     assert [prompt.tenant for prompt in status.prompts] == ["other", "flood"]
     assert dict(status.debts) == {"flood": 5.0, "other": 0.0}
@@ -97,9 +97,9 @@ async def test_debts_put_prompts_back_and_are_told() -> None:
 async def test_predictions_and_their_error_go_along() -> None:
     bench = Bench(StepLimits(8, 64))
     for number in range(30):
-        bench.loop.timing.observe(ForwardWork([(1000, 0)]), 0.5 if number % 2 else 1.0)
+        bench.loop.steps.timing.observe(ForwardWork([(1000, 0)]), 0.5 if number % 2 else 1.0)
     status = worker_status(bench.loop, "a")
-    assert tuple(status.prefill_coefficients) == bench.loop.timing.predictor.prefill
+    assert tuple(status.prefill_coefficients) == bench.loop.steps.timing.predictor.prefill
     assert 0.1 < status.prefill_error < 1.0
     assert status.step_error == 0.0
     bench.loop.close()
@@ -114,22 +114,22 @@ async def test_a_tenants_flood_delays_the_tenant_and_not_the_others() -> None:
         def drawn(self, active, drawn_token, output_index, finish) -> None:  # type: ignore[no-untyped-def]
             drawn.append(active.sequence.tenant)
 
-    bench.loop.timing.prefill.coefficients = (0.0, 1e-3, 0.0)
+    bench.loop.steps.timing.prefill.coefficients = (0.0, 1e-3, 0.0)
     for number in range(20):
         flood = replace(sequence([2] * 30), sequence_id=f"flood {number}", tenant="flood", max_tokens=1)
         bench.loop.start(flood, Listener())
     for number in range(2):
         other = replace(sequence([3] * 60), sequence_id=f"other {number}", tenant="other", max_tokens=1)
         bench.loop.start(other, Listener())
-    bench.loop.fairness.debts({"flood", "other"})
-    bench.loop.fairness.charge("flood", 10.0)
+    bench.loop.steps.fairness.debts({"flood", "other"})
+    bench.loop.steps.fairness.charge("flood", 10.0)
     while not all(active.runnable for active in bench.loop.actives):
         await asyncio.sleep(0.01)
     task = asyncio.create_task(bench.loop.run())
     while len(drawn) < 22:
         await asyncio.sleep(0.01)
     assert drawn[:2] == ["other", "other"]
-    assert bench.loop.debts == {}, "of one tenant that waits"
+    assert bench.loop.steps.debts == {}, "of one tenant that waits"
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     bench.loop.close()
