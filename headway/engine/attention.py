@@ -57,7 +57,7 @@ def attend(plan: Plan, layer: int, query: torch.Tensor, new: torch.Tensor, scali
         plan.between()
     pages, shape = plan.pages, query.shape
     query, new = query[: plan.rows].to(pages.dtype), new[: plan.rows].to(pages.dtype)
-    plan.store(layer, new)
+    new = plan.store(layer, new)
     if len(plan.batches) == 1 and plan.batches[0].rows is None and plan.rows == shape[0]:
         return plan.batches[0].attend(layer, query, new, scaling)
     out = query.new_empty(shape)

@@ -150,14 +150,19 @@ class Plan(NamedTuple):
     batches: Sequence[Batch] = ()
     between: Callable[[], None] | None = None
 
-    def store(self, layer: int, new: torch.Tensor) -> None:
-        """Write K and V of all rows, [rows, 2, kv_heads, head_dim] in the dtype of the pages, into the slab."""
+    def store(self, layer: int, new: torch.Tensor) -> torch.Tensor:
+        """Write K and V of all rows, [rows, 2, kv_heads, head_dim] in the dtype of the pages, into the slab. → what the
+        slab gives back for them, to the bit: a token attends to the same numbers in whichever step it sees them.
+        """
         pages = self.pages
-        if pages.scales:
-            scale = (new.abs().amax(-1) / 127).clamp_(min=1e-12)
-            self._write(pages.scales[layer], scale)
-            new = (new / scale.unsqueeze(-1)).round_().to(torch.int8)
-        self._write(pages.pairs[layer], new)
+        if not pages.scales:
+            self._write(pages.pairs[layer], new)
+            return new
+        scale = (new.abs().amax(-1) / 127).clamp_(min=1e-12)
+        steps = (new / scale.unsqueeze(-1)).round_()
+        self._write(pages.scales[layer], scale)
+        self._write(pages.pairs[layer], steps.to(torch.int8))
+        return steps.mul_(scale.unsqueeze(-1))
 
     def _write(self, target: torch.Tensor, new: torch.Tensor) -> None:
         """target [slots, 2, block_size, …], new [rows, 2, …]"""

@@ -33,6 +33,9 @@ FAMILIES: dict[str, Any] = {
     "qwen2": lambda: transformers.Qwen2Config(**_SHAPE, num_key_value_heads=2, sliding_window=None),
     "qwen3": lambda: transformers.Qwen3Config(**_SHAPE, num_key_value_heads=2, head_dim=32),
     "mistral": lambda: transformers.MistralConfig(**_SHAPE, num_key_value_heads=1, sliding_window=None, head_dim=16),
+    "seed_oss": lambda: transformers.SeedOssConfig(**_SHAPE, num_key_value_heads=2, head_dim=16),
+    # Of Llama's parts, and every other layer without positions.
+    "smollm3": lambda: transformers.SmolLM3Config(**_SHAPE, num_key_value_heads=2, no_rope_layer_interval=2),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SHAPE, rotary_pct=0.25),
     # Of Llama's parts, with multipliers between them.
     "granite": lambda: transformers.GraniteConfig(
