@@ -1,9 +1,10 @@
 """Decoders of the common shape, computed from their own weights without the modules around them.
 
 The shape: token embeddings; layers of RMS norm, attention with rotary positions over one projection each of Q, K, V and
-output (Q and K normed by head or not), RMS norm, gated MLP; RMS norm, output projection. Llama, Mistral, Qwen 2 and 3
-and others have it. transformers' modules cost about 10 ms a forward beside what they compute; this does not. What a
-model has beside the shape (multipliers, other norms) is found out by engine.proof, and served by its own modules.
+output (Q and K normed by head or not), RMS norm, gated MLP; RMS norm, output projection. transformers' modules cost
+about 10 ms a forward beside what they compute; this does not. Parts do not say what is done with them (SmolLM3 has
+Llama's, and layers without positions), so only models of KNOWN types are read, if they have the shape; engine.proof
+tries them as it tries all. Every other model is served by its own modules.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from headway.engine.attention import attend
 from headway.engine.linear import Form, Make, take_linear
 from headway.engine.pages import Plan
 
+# Types whose forward, in transformers' code, is the one below (tests/engine/test_lean.py reads it).
+KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3", "seed_oss"})
 _BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -96,11 +99,13 @@ class LeanDecoder:
 
 
 def read_decoder(model: Any, form: Form) -> LeanDecoder | None:
-    """The same model with linear layers of this form, or None where it is not of this shape. `model` has no weights any
-    more after that.
+    """The same model with linear layers of this form, or None where it is of another type or shape. `model` has no
+    weights any more after that.
     """
     base = getattr(model, "model", None)
-    if base is None or _children(model) != {"model", "lm_head"} or _children(base) != _BASE:
+    if model.config.model_type not in KNOWN or base is None:
+        return None
+    if _children(model) != {"model", "lm_head"} or _children(base) != _BASE:
         return None
     norm = _norm(base.norm)
     if norm is None or type(model.lm_head) is not nn.Linear or not all(_fits(layer) for layer in base.layers):

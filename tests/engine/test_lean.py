@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from headway.engine import linear as linears
-from headway.engine.lean import LeanDecoder, read_decoder
+from headway.engine.lean import KNOWN, LeanDecoder, read_decoder
 from headway.engine.linear import PackedLinear, PlainLinear, change_linears, form_of, take_linear
 from headway.engine.load import load_engine
 from headway.engine.model import TorchEngine
@@ -18,14 +22,83 @@ from headway.engine.quiet import quiet
 from headway.engine.stock import StockModel
 from tests.engine.tiny import FAMILIES, save_model
 
-OF_THE_SHAPE = {"llama", "qwen2", "qwen3", "mistral"}
-
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_models_of_the_common_shape_are_computed_lean_and_others_by_their_modules(name: str, tmp_path: Path) -> None:
+def test_models_of_known_types_are_computed_lean_and_others_by_their_modules(name: str, tmp_path: Path) -> None:
     engine = load_engine(str(save_model(tmp_path / name, FAMILIES[name]())))
     assert isinstance(engine, TorchEngine)
-    assert type(engine._model) is (LeanDecoder if name in OF_THE_SHAPE else StockModel)
+    assert type(engine._model) is (LeanDecoder if name in KNOWN else StockModel)
+
+
+def test_a_type_that_nobody_has_read_is_not_computed_lean_though_its_parts_are_llamas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded to 8 bits, a proof could take a layer without positions for rounding."""
+    folder = str(save_model(tmp_path / "smollm3", FAMILIES["smollm3"]()))
+    monkeypatch.setattr("headway.engine.load.prove", lambda *_: None)
+    engine = load_engine(folder, weights="int8")
+    assert isinstance(engine, TorchEngine)
+    assert type(engine._model) is StockModel
+
+
+# Of a forward, what is Llama's and what changes nothing here: windows are refused before, and dropout is of training.
+# Norms of heads are parts that lean.py sees.
+HARMLESS = (
+    r"sliding_window=[^\n]*?, (?=\*\*)",
+    r"\w+ = nn\.functional\.dropout\(\w+, p=self\.residual_dropout, training=self\.training\)\n",
+    r"self\.[qk]_norm\((?=self)|(?<=hidden_shape\))\)",
+)
+READ = {
+    "Attention": ("forward",),
+    "DecoderLayer": ("forward",),
+    "MLP": ("forward",),
+    "RMSNorm": ("forward",),
+    "RotaryEmbedding": ("forward", "compute_default_rope_parameters"),
+    "Model": ("forward",),
+    "ForCausalLM": ("forward",),
+}
+
+
+def source(name: str) -> dict[str, str]:
+    """What transformers' modules of this type do, by class and method; its own names and HARMLESS parts left out."""
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    tree = ast.parse(inspect.getsource(module))
+    family = next(n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("DecoderLayer"))[:-12]
+    found = {}
+    for node in tree.body:
+        kind = getattr(node, "name", "").removeprefix(family)
+        if isinstance(node, ast.FunctionDef) and kind in ("rotate_half", "apply_rotary_pos_emb"):
+            found[kind] = code(node, family)
+        for inner in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(inner, ast.FunctionDef) and inner.name in READ.get(kind, ()):
+                found[f"{kind}.{inner.name}"] = code(inner, family)
+    # Around layers, masks are made in several ways; what becomes of a token's numbers counts.
+    found["Model.forward"] = "\n".join(
+        re.findall(r"(?:hidden_states|inputs_embeds)\b.* = [^(\n]*", found["Model.forward"])
+    )
+    return found
+
+
+def code(function: ast.FunctionDef, family: str) -> str:
+    described = ast.get_docstring(function) is not None
+    text = "\n".join(ast.unparse(statement) for statement in function.body[described:]) + "\n"
+    text = text.replace(": torch.Tensor = ", " = ")
+    for part in (*HARMLESS, family):
+        text = re.sub(part, "", text)
+    return text
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_the_forward_of_every_known_type_is_llamas(name: str) -> None:
+    llama = source("llama")
+    assert len(llama) == 10
+    assert source(name) == llama
+
+
+def test_reading_the_forward_tells_others_apart() -> None:
+    llama = source("llama")
+    for name in ("smollm3", "granite", "gemma", "arcee", "helium"):
+        assert source(name) != llama, name
 
 
 def layer(bias: bool = True, outputs: int = 24) -> torch.nn.Linear:
