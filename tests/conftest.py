@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,10 @@ from headway.fleet import Fleet
 from headway.runtime.channels import open_channel
 from headway.v1 import router_pb2_grpc
 from tests.support import Stub
+
+if not Path("/dev/nvidiactl").exists():
+    # Where no GPU is, Triton's kernels are interpreted; it must know before it is imported first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,11 @@ async def stub(fleet: Fleet) -> AsyncIterator[Stub]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need what is not installed are skipped, and say so."""
-    if not any(map(importlib.util.find_spec, ("nixl", "nixl_cu12", "nixl_cu13"))):
-        for item in items:
-            if item.get_closest_marker("nixl"):
-                item.add_marker(pytest.mark.skip(reason="NIXL is not installed (pip install .[nixl])"))
+    for mark, name, modules in (
+        ("nixl", "NIXL", ("nixl", "nixl_cu12", "nixl_cu13")),
+        ("triton", "Triton", ("triton",)),
+    ):
+        if not any(map(importlib.util.find_spec, modules)):
+            for item in items:
+                if item.get_closest_marker(mark):
+                    item.add_marker(pytest.mark.skip(reason=f"{name} is not installed (pip install .[{mark}])"))

@@ -18,7 +18,10 @@ from headway.engine.folder import check_folder, fingerprint, read_json
 from headway.engine.lean import read_decoder
 from headway.engine.linear import change_linears, form_of
 from headway.engine.model import TorchEngine
+from headway.engine.paged import Reader
+from headway.engine.paged_proof import choose_reader
 from headway.engine.pages import ORDER, SCALE, SCALED
+from headway.engine.plan_device import GATHER
 from headway.engine.proof import expected_logits, prove, tolerance
 from headway.engine.quantised import quantised, round_linears
 from headway.engine.quiet import quiet
@@ -62,17 +65,18 @@ def load_engine(
     AttentionInterface.register(NAME, paged_attention)
     card = _card(folder, config, kv_format_of(config, kv_dtype, block_size), _variant(dtype, weights, kv_dtype))
     form = form_of(getattr(torch, dtype)) if weights == "float" else quantised(weights)
+    reader = _reader(config, card, device)
     model = _load_model(folder, config, dtype, weights, device)
     expected, within = expected_logits(model, card), tolerance(dtype, weights, kv_dtype)
     if (decoder := read_decoder(model, form)) is not None:
-        engine = TorchEngine(decoder, card, torch.device(device), copy_bytes)
+        engine = TorchEngine(decoder, card, torch.device(device), copy_bytes, reader)
         if _proven(engine, expected, within, config.model_type):
             return engine
         # Something beside the common shape, so its own modules. The weights went into the decoder, which goes first.
         del model, decoder, engine
         model = _load_model(folder, config, dtype, weights, device)
     change_linears(model, form)
-    engine = TorchEngine(StockModel(model), card, torch.device(device), copy_bytes)
+    engine = TorchEngine(StockModel(model), card, torch.device(device), copy_bytes, reader)
     prove(engine, expected, within, config.model_type)
     return engine
 
@@ -159,6 +163,13 @@ def _load_model(folder: Path, config: Any, dtype: str, weights: str, device: str
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise ModelError(f"the weights cannot be put on {device}: {_first(error)}") from None
+
+
+def _reader(config: Any, card: ModelCard, device: str) -> Reader:
+    """How attention reads the slab; a CPU has plans of its own."""
+    if device == "cpu":
+        return GATHER
+    return choose_reader(card.kv_format, config.num_attention_heads, torch.device(device)).reader
 
 
 def _card(folder: Path, config: Any, kv_format: KvFormat, variant: str) -> ModelCard:

@@ -15,9 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from headway.core.model import ModelCard
 from headway.engine.contract import Chunk, DeviceLost, Drawn, SlabArray
 from headway.engine.errors import ModelError
+from headway.engine.paged import Reader
 from headway.engine.pages import Pages, Plan
 from headway.engine.plan_cpu import plan_cpu
-from headway.engine.plan_device import moved, plan_device, vectors, with_vectors
+from headway.engine.plan_device import GATHER, moved, plan_device, vectors, with_vectors
 from headway.engine.sampling import draw_rows
 from headway.engine.working import Copies
 
@@ -39,9 +40,14 @@ class Forward(Protocol):
 class TorchEngine:
     """An Engine (see contract) around a model whose weights are on `device`."""
 
-    def __init__(self, model: Forward, card: ModelCard, device: torch.device, copy_bytes: int = 0) -> None:
-        """copy_bytes: that working copies may take beside the slab, on a CPU; 0: as many as the slab has."""
+    def __init__(
+        self, model: Forward, card: ModelCard, device: torch.device, copy_bytes: int = 0, reader: Reader = GATHER
+    ) -> None:
+        """copy_bytes: that working copies may take beside the slab, on a CPU; 0: as many as the slab has. reader: how
+        attention reads the slab on a device that is none.
+        """
         self.card = card
+        self.reader = reader
         self._copy_bytes = copy_bytes
         self._model = model
         self.device = device
@@ -116,7 +122,9 @@ class TorchEngine:
             return self._model(inputs[0], inputs[1], inputs[2], plan).float()
 
     def _plan(self, pages: Pages, chunks: Sequence[Chunk]) -> Plan:
-        return plan_device(pages, chunks) if self._copies is None else plan_cpu(pages, chunks, self._copies)
+        return (
+            plan_device(pages, chunks, self.reader) if self._copies is None else plan_cpu(pages, chunks, self._copies)
+        )
 
     def _more_rows(self, rows: int) -> int:
         """That fill up the pack on a CPU: oneDNN makes code for each number of rows, and never lets go of it."""

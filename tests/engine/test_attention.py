@@ -18,9 +18,10 @@ from headway.engine import attention
 from headway.engine.attention import paged_attention
 from headway.engine.contract import Chunk
 from headway.engine.errors import ModelError
+from headway.engine.paged import Gathered
 from headway.engine.pages import ORDER, Pages, Plan, Span
 from headway.engine.plan_cpu import plan_cpu
-from headway.engine.plan_device import Gathered, moved, plan_device, vectors, with_vectors
+from headway.engine.plan_device import moved, plan_device, vectors, with_vectors
 from headway.engine.working import Copies
 
 DIM = 8
@@ -131,7 +132,7 @@ def test_sequences_of_one_length_decode_together(monkeypatch: pytest.MonkeyPatch
     pages, _ = pages_of(4, 1, 64)
     lengths = [30, 3, 31, 4, 9]
     chunks = [Chunk([0], length - 1, np.arange(8, dtype=np.int32), None) for length in lengths]
-    monkeypatch.setattr("headway.engine.plan_device.BATCH_TOKENS", 64)
+    monkeypatch.setattr("headway.engine.paged.BATCH_TOKENS", 64)
     plan = plan_device(pages, chunks)
     batches = [batch for batch in plan.batches if isinstance(batch, Gathered)]
     assert [batch.lengths.tolist() for batch in batches] == [[31, 30], [9, 4, 3]]
