@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headway.core.model import ModelCard
 from headway.engine.contract import Chunk, DeviceLost, Drawn, SlabArray
 from headway.engine.errors import ModelError
+from headway.engine.graphs import CudaRecorder, Graphs
 from headway.engine.paged import Reader
-from headway.engine.pages import Pages, Plan
+from headway.engine.pages import Pages
 from headway.engine.plan_cpu import plan_cpu
-from headway.engine.plan_device import GATHER, moved, plan_device, vectors, with_vectors
+from headway.engine.plan_device import GATHER
 from headway.engine.sampling import draw_rows
+from headway.engine.steps_device import DeviceSteps, Forward
 from headway.engine.working import Copies
-
-# cuDNN's is not among them.
-ANY_STRIDES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
 
 # Packs of more rows are filled up by at most an eighth.
 EXACT_ROWS = 16
-
-
-class Forward(Protocol):
-    """A model over the slab."""
-
-    def __call__(self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """ids, positions: int64 [rows], of all chunks. → logits [len(last), vocabulary] after the rows `last`."""
 
 
 class TorchEngine:
@@ -47,7 +35,8 @@ class TorchEngine:
         attention reads the slab on a device that is none.
         """
         self.card = card
-        self.reader = reader
+        # On a device; a CPU's forwards are this file's.
+        self.steps = None if device.type == "cpu" else DeviceSteps(model, device, reader, _graphs(device))
         self._copy_bytes = copy_bytes
         self._model = model
         self.device = device
@@ -58,6 +47,7 @@ class TorchEngine:
 
     def bind(self, slab: SlabArray) -> None:
         """Use this slab from now on. Raises ValueError where it cannot hold card.kv_format."""
+        self.unbind()
         self._pages = Pages(slab, self.card.kv_format, self.device)
         if self.device.type == "cpu":
             most = self._copy_bytes or self._pages.slots * self.card.kv_format.slot_bytes
@@ -66,6 +56,8 @@ class TorchEngine:
     def unbind(self) -> None:
         """Drop every view of the slab, so that it can be unmapped."""
         self._pages = self._copies = None
+        if self.steps is not None:
+            self.steps.release()
 
     def use_threads(self, count: int) -> None:
         """See the contract."""
@@ -82,13 +74,8 @@ class TorchEngine:
 
     def forward(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> list[Drawn | None]:
         """See the contract. Raises ValueError, before anything is written, where a chunk cannot be computed."""
-        draws = [chunk.draw for chunk in chunks if chunk.draw is not None]
         try:
-            logits = self.logits(chunks, between)
-            drawn = iter(draw_rows(logits, draws))
-            if self.device.type != "cpu":
-                # No event crosses processes: whoever hears of these blocks may read them at once.
-                torch.cuda.current_stream(self.device).synchronize()
+            drawn = iter(self._drawn(chunks, between))
         except Exception as error:
             for chunk in chunks:
                 # Its copy may lack what this forward was to put there.
@@ -102,11 +89,12 @@ class TorchEngine:
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> torch.Tensor:
         """float32 [draws, vocabulary]: the logits after the last token of each chunk that draws, in order."""
-        if self._pages is None:
-            raise ModelError("the engine has no slab; bind one first")
-        self._check(chunks)
-        plan = self._plan(self._pages, chunks)
-        if self.interruptible and not plan.batches:
+        pages = self._checked(chunks)
+        if self.steps is not None:
+            return self.steps.logits(pages, chunks)
+        assert self._copies is not None
+        plan = plan_cpu(pages, chunks, self._copies)
+        if not plan.batches:
             # A later plan may give away the rows of working copies that this one's batches read.
             plan = plan._replace(between=between)
         more = np.zeros(self._more_rows(plan.rows), np.int64)
@@ -114,21 +102,18 @@ class TorchEngine:
         positions = np.concatenate([*(np.arange(c.position, c.position + len(c.tokens)) for c in chunks), more])
         ends = accumulate(len(chunk.tokens) for chunk in chunks)
         last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.draw is not None]
-        inputs = [torch.from_numpy(ids), torch.from_numpy(positions), torch.tensor(last, dtype=torch.int64)]
-        if self.device.type != "cpu":
-            inputs = moved([*inputs, *vectors(plan)], self.device)
-            plan = with_vectors(plan, inputs[3:])
-        with self._kernels():
-            return self._model(inputs[0], inputs[1], inputs[2], plan).float()
+        inputs = (torch.from_numpy(ids), torch.from_numpy(positions), torch.tensor(last, dtype=torch.int64))
+        return self._model(*inputs, plan).float()
 
-    def _plan(self, pages: Pages, chunks: Sequence[Chunk]) -> Plan:
-        return (
-            plan_device(pages, chunks, self.reader) if self._copies is None else plan_cpu(pages, chunks, self._copies)
-        )
+    def _drawn(self, chunks: Sequence[Chunk], between: Callable[[], None] | None) -> list[Drawn]:
+        """Of each chunk that draws."""
+        if self.steps is not None:
+            return self.steps.forward(self._checked(chunks), chunks, self.card.vocab_size)
+        return draw_rows(self.logits(chunks, between), [chunk.draw for chunk in chunks if chunk.draw is not None])
 
     def _more_rows(self, rows: int) -> int:
-        """That fill up the pack on a CPU: oneDNN makes code for each number of rows, and never lets go of it."""
-        if self.device.type != "cpu" or rows <= EXACT_ROWS:
+        """That fill up the pack: oneDNN makes code for each number of rows, and never lets go of it."""
+        if rows <= EXACT_ROWS:
             return 0
         return -rows % (1 << (rows.bit_length() - 4))
 
@@ -140,11 +125,10 @@ class TorchEngine:
             for chunk, one in zip(chunks, drawn, strict=True)
         ]
 
-    def _kernels(self) -> AbstractContextManager[object]:
-        """On a GPU, those attention kernels that take any strides: heads that share K and V lie 0 bytes apart."""
-        return nullcontext() if self.device.type == "cpu" else sdpa_kernel(ANY_STRIDES)
-
-    def _check(self, chunks: Sequence[Chunk]) -> None:
+    def _checked(self, chunks: Sequence[Chunk]) -> Pages:
+        """The slab. Raises ValueError where chunks cannot be computed."""
+        if self._pages is None:
+            raise ModelError("the engine has no slab; bind one first")
         if not chunks:
             raise ValueError("a forward needs at least one chunk")
         for chunk in chunks:
@@ -152,6 +136,11 @@ class TorchEngine:
                 raise ValueError(f"token ids must be 0 to {self.card.vocab_size - 1}, at least one a chunk")
             if chunk.position + len(chunk.tokens) > self.card.context_tokens:
                 raise ValueError(f"a sequence cannot be longer than the context of {self.card.context_tokens} tokens")
+        return self._pages
+
+
+def _graphs(device: torch.device) -> Graphs | None:
+    return Graphs(CudaRecorder(device), device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
 def _check_works(device: torch.device, error: Exception) -> None:

@@ -59,13 +59,21 @@ def with_vectors(plan: Plan, vectors: Sequence[torch.Tensor]) -> Plan:
 
 
 def moved(vectors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """int64 tensors, each on the device, all in one copy."""
-    return parted(torch.cat([vector.flatten() for vector in vectors]).to(device), vectors)
+    """int64 tensors, each on the device, all in one copy, for which the host does not wait."""
+    return parted(packed(vectors, device).to(device, non_blocking=True), vectors)
 
 
-def parted(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Views of `packed`, one after another, of these shapes."""
-    parts = torch.split(packed, [vector.numel() for vector in like])
+def packed(vectors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """All in one piece of the host's memory, from which the device can copy by itself."""
+    numbers = sum(vector.numel() for vector in vectors)
+    # torch gives pinned memory out again only when the copies from it are done.
+    whole = torch.empty(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return torch.cat([vector.flatten() for vector in vectors], out=whole)
+
+
+def parted(whole: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of it, one after another, of these shapes."""
+    parts = torch.split(whole, [vector.numel() for vector in like])
     return [part.view(vector.shape) for part, vector in zip(parts, like, strict=True)]
 
 

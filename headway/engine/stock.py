@@ -16,7 +16,7 @@ class StockModel:
         self._model = model
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """See engine.model.Forward."""
+        """See engine.steps_device.Forward."""
         output = self._model(
             input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=last, headway_plan=plan
         )

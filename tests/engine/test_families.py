@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import mmap
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,14 @@ import torch
 
 from headway.core.sampling import Sampling
 from headway.engine.contract import Chunk, Draw, Engine
-from headway.engine.load import ModelError, load_engine
-from headway.engine.plan_device import plan_device
+from headway.engine.graphs import Graphs
+from headway.engine.load import ModelError, load_engine, read_model_config
+from headway.engine.model import TorchEngine
+from headway.engine.paged import Reader
+from headway.engine.paged_proof import choose_reader
+from headway.engine.plan_device import GATHER
+from headway.engine.steps_device import DeviceSteps
+from tests.engine.again import Again
 from tests.engine.drive import Driver
 from tests.engine.tiny import CONTEXT, FAMILIES, VOCABULARY, save_model, stock_model
 from tests.reference import check_equal, generate
@@ -71,13 +78,36 @@ def test_chunks_of_odd_sizes_mixed_with_decode(family: Family, sizes: tuple[int,
 
 
 @pytest.mark.parametrize("sizes", [(1 << 30,), (3, 17, 5), (29, 1, 2)])
-def test_the_plan_for_devices_says_the_same(
-    family: Family, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(family.engine, "_plan", plan_device)
+def test_a_devices_steps_say_the_same(family: Family, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By gathered K and V, and recorded where they are decode steps."""
+    graphs = on_a_device(family.engine, GATHER, monkeypatch)
     driver = family.driver()
     running = [driver.start(prompt, NEW) for prompt in family.prompts]
     assert check_equal(driver.run(running, NEW, itertools.cycle(sizes)), family.wanted) == []
+    assert len(graphs) > 0
+    assert graphs.refused is None
+
+
+@pytest.mark.triton
+def test_a_devices_steps_in_place_say_the_same(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = read_model_config(Path(family.engine.card.tokenizer_path)).num_attention_heads
+    choice = choose_reader(family.engine.card.kv_format, heads, torch.device("cpu"))
+    assert choice.reader.name == "triton"
+    graphs = on_a_device(family.engine, choice.reader, monkeypatch)
+    driver = family.driver()
+    running = [driver.start(prompt, 4) for prompt in family.prompts[4:7]]
+    wanted = [(tokens[:4], margins[:4]) for tokens, margins in family.wanted[4:7]]
+    assert check_equal(driver.run(running, 4, itertools.cycle((11, 40, 1))), wanted) == []
+    assert graphs.refused is None
+
+
+def on_a_device(engine: Engine, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    """The engine's forwards are those of a device from now on."""
+    assert isinstance(engine, TorchEngine)
+    cpu = torch.device("cpu")
+    graphs = Graphs(Again(), cpu)
+    monkeypatch.setattr(engine, "steps", DeviceSteps(engine._model, cpu, reader, graphs))
+    return graphs
 
 
 def test_cached_prefix(family: Family) -> None:
