@@ -47,9 +47,33 @@ def test_a_dry_run_gets_through_every_section(tmp_path: Path) -> None:
     assert sections["equality"]["equal"], sections["equality"]["differences"]
     assert sections["equality"]["distinct_tokens"] > 5
     assert [row["batch"] for row in sections["steps"]["decode"]] == [1, 4]
+    check_marks(found)
     assert set(sections["staging"]["staged_over_plain"]) == {"down", "up"}
     assert sections["together"]["mixed"]["seconds"] > 0
     assert sections["peer"]["available"]
+
+
+def check_marks(found: dict[str, Any]) -> None:
+    """Of steps, in the form of every benchmark, from what the section found: reckoned here another way."""
+    steps, marks = found["sections"]["steps"], found["marks"]
+    assert {name: (each["mark"], each["unit"]) for name, each in marks.items()} == {
+        "step_time_vs_bytes": (1.5, "ratio"),
+        "prefill_vs_matrix_rate": (0.5, "ratio"),
+    }
+    for row in steps["decode"]:
+        # Two layers of 64 × (64 + 32 + 32 + 64) and 3 × 64 × 96, the output projection, embeddings; float32.
+        weights = 2 * (64 * 192 + 3 * 64 * 96) + 64 * 512 + row["batch"] * 64
+        kept = row["batch"] * row["context"] * 2 * 2 * 2 * 16
+        assert row["bytes"] == 4 * (weights + kept)
+        wanted = row["step_ms"] / 1e3 / (row["bytes"] / steps["copy_bytes_per_s"])
+        assert row["time_vs_bytes"] == pytest.approx(wanted, rel=1e-2)
+    assert marks["step_time_vs_bytes"]["value"] == max(row["time_vs_bytes"] for row in steps["decode"])
+    for row in steps["prefill"]:
+        tokens = row["tokens"]
+        linear = 2 * tokens * 2 * (64 * 192 + 3 * 64 * 96) + 2 * 64 * 512
+        assert row["flops"] == linear + 2 * 4 * 4 * 16 * sum(range(1, tokens + 1))
+    assert marks["prefill_vs_matrix_rate"]["value"] == min(row["vs_matrix_rate"] for row in steps["prefill"])
+    assert steps["attention"] == "cpu"
 
 
 def test_a_section_that_fails_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:

@@ -64,7 +64,10 @@ def _all(wanted: list[str], device: str) -> dict[str, Any]:
     failed = [name for name, found in sections.items() if "error" in found]
     dry = not device.startswith("cuda")
     seconds = round(time.monotonic() - started, 1)
-    return {"device": device, "dry_run": dry, "seconds": seconds, "failed": failed, "sections": sections}
+    # In a dry run they have their form, and say nothing.
+    marks = {name: each for found in sections.values() for name, each in found.get("marks", {}).items()}
+    head = {"device": device, "dry_run": dry, "seconds": seconds, "failed": failed, "marks": marks}
+    return {**head, "sections": sections}
 
 
 def _apart(name: str, device: str, limit_s: float) -> dict[str, Any]:

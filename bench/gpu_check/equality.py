@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from bench.gpu_check.model import Running, Tables, blocks, engine_of, prompt_of, random_model, slab_bytes, step
+from bench.gpu_check.model import Running, Tables, blocks, engine_of, how_of, prompt_of, random_model, slab_bytes, step
 from bench.gpu_check.pair import Talk, child, device_of
 from bench.gpu_check.sizes import Sizes
 from headway.slab.device import DeviceMapping, DeviceSegment
@@ -29,8 +29,10 @@ def run(name: str, sizes: Sizes) -> dict[str, Any]:
 
 def compare(talk: Talk, mapping: DeviceMapping, sizes: Sizes, slots: int) -> None:
     model = random_model(sizes, DTYPE, mapping.device)
-    engine = engine_of(model, sizes, DTYPE, mapping)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     prompts = [prompt_of(length, sizes.shape["vocab_size"], length) for length in sizes.prompts]
+    wanted = [_generate(model, prompt, sizes.new) for prompt in prompts]
+    engine = engine_of(model, sizes, DTYPE, mapping)
     ways = {"whole": itertools.repeat(1 << 30), "chunks": itertools.cycle((100, 7, 250))}
     outputs = {}
     for way, limits in ways.items():
@@ -39,13 +41,14 @@ def compare(talk: Talk, mapping: DeviceMapping, sizes: Sizes, slots: int) -> Non
         while active := [sequence for sequence in running if len(sequence.outputs) < sizes.new]:
             step(engine, active, next(limits))
         outputs[way] = [sequence.outputs for sequence in running]
+    how = how_of(engine)
     engine.unbind()
-    wanted = [_generate(model, prompt, sizes.new) for prompt in prompts]
     differences = [line for way, found in outputs.items() for line in _differences(way, found, wanted)]
     talk.answer(
         {
             "dtype": DTYPE,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": parameters,
+            **how,
             "prompts": list(sizes.prompts),
             "new_tokens": sizes.new,
             "equal": not any(not difference["near_tie"] for difference in differences),

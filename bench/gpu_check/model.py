@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from headway.core.sampling import Sampling
 from headway.engine.contract import Chunk, Draw, Engine
 from headway.slab.device import Device, DeviceMapping
 from headway.slab.host import slot_stride
+
+if TYPE_CHECKING:
+    from headway.engine.model import TorchEngine
 
 BLOCK = 16
 
@@ -57,25 +60,42 @@ def random_model(sizes: Sizes, dtype: str, device: Device) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def engine_of(model: Any, sizes: Sizes, dtype: str, mapping: DeviceMapping) -> Engine:
-    """Proven, as at every load, and bound to the slab, which is zeroed."""
+def engine_of(model: Any, sizes: Sizes, dtype: str, mapping: DeviceMapping) -> TorchEngine:
+    """As it is loaded, proven, and bound to the slab, which is zeroed. Takes the model's weights."""
     import torch
 
+    from headway.engine.lean import read_decoder
+    from headway.engine.linear import form_of
     from headway.engine.model import TorchEngine
+    from headway.engine.paged_proof import choose_reader
+    from headway.engine.plan_device import GATHER
     from headway.engine.proof import expected_logits, prove, tolerance
-    from headway.engine.stock import StockModel
 
     kv_format, shape = format_of(sizes, dtype), sizes.shape
     context, vocabulary = shape["max_position_embeddings"], shape["vocab_size"]
     card = ModelCard("random", bytes(16), context, vocabulary, (), kv_format)
     expected = expected_logits(model, card)
-    engine = TorchEngine(StockModel(model), card, model.device)
+    reader = GATHER
+    if model.device.type != "cpu":
+        reader = choose_reader(kv_format, shape["num_attention_heads"], model.device).reader
+    decoder = read_decoder(model, form_of(getattr(torch, dtype)))
+    assert decoder is not None
+    engine = TorchEngine(decoder, card, torch.device(torch_name(mapping.device)), reader=reader)
     prove(engine, expected, tolerance(dtype, "float", dtype), model.config.model_type)
     stride = slot_stride(kv_format.slot_bytes)
     view = mapping.view(mapping.size // stride, stride)
     torch.utils.dlpack.from_dlpack(view).zero_()
     engine.bind(view)
     return engine
+
+
+def how_of(engine: TorchEngine) -> dict[str, Any]:
+    """How attention reads the slab, how many steps are recorded as graphs, and why none are; of an engine on a GPU."""
+    if engine.steps is None:
+        return {"attention": "cpu", "graphs": 0, "no_graphs": "on a CPU"}
+    graphs = engine.steps.graphs
+    refused = "not asked for" if graphs is None else graphs.refused
+    return {"attention": engine.steps.reader.name, "graphs": len(graphs or ()), "no_graphs": refused}
 
 
 @dataclass

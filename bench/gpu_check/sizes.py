@@ -25,6 +25,9 @@ class Sizes:
     batches: tuple[int, ...]
     context: int
     steps: int
+    # Bytes of a plain copy, and rows and columns of a product, against which steps are held.
+    copied: int
+    matrix: int
     # Two processes against one: prompts and their length, steps and sequences that decode meanwhile.
     together: tuple[int, int, int, int]
 
@@ -38,6 +41,7 @@ FULL = Sizes(
     staging_slot=512 << 10, staging_slots=512, rounds=7,
     prompts=(1, 15, 16, 17, 100, 333, 700, 1500), new=32,
     prefills=(128, 512, 2048, 8192), batches=(1, 2, 4, 8, 16, 32, 64), context=1024, steps=20,
+    copied=1 << 30, matrix=8192,
     together=(16, 1024, 200, 16),
 )  # fmt: skip
 
@@ -50,5 +54,6 @@ TINY = Sizes(
     staging_slot=100_000, staging_slots=64, rounds=2,
     prompts=(1, 15, 16, 17, 60), new=6,
     prefills=(16, 64), batches=(1, 4), context=64, steps=2,
+    copied=1 << 20, matrix=128,
     together=(2, 32, 4, 2),
 )  # fmt: skip
