@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from headway.client import Client, HeadwayClientError, Message, Options, Prompt, TextDelta
 from headway.client.pace import Pace
@@ -48,6 +49,14 @@ def options_of(arguments: argparse.Namespace) -> Options:
         options["seed"] = arguments.seed
     if arguments.stop:
         options["stop_strings"] = arguments.stop
+    if arguments.json_schema is not None:
+        options["json_schema"] = Path(arguments.json_schema).read_text(encoding="utf-8")
+    if arguments.json:
+        options["json_object"] = True
+    if arguments.regex is not None:
+        options["regex"] = arguments.regex
+    if arguments.choice:
+        options["choices"] = arguments.choice
     return options
 
 

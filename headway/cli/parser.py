@@ -50,6 +50,15 @@ def _add_ask(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         command.add_argument("--top-k", type=int, metavar="K")
         command.add_argument("--seed", type=int, metavar="SEED")
         command.add_argument("--stop", action="append", metavar="TEXT", help="end there; may be repeated")
+        _add_constraint(command)
+
+
+def _add_constraint(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--json-schema", metavar="FILE", help="answer with JSON that is valid under this schema")
+    group.add_argument("--json", action="store_true", help="answer with a JSON object")
+    group.add_argument("--regex", metavar="REGEX", help="answer with a text that matches as a whole")
+    group.add_argument("--choice", action="append", metavar="TEXT", help="answer with one of these; may be repeated")
 
 
 def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

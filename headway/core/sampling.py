@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+
+class ConstraintKind(enum.Enum):
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICES = "choices"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the whole answer must be. `text`: the JSON schema, the regex, or a JSON list of the texts to choose from."""
+
+    kind: ConstraintKind
+    text: str
+
+
+class ConstraintError(Exception):
+    """Why an answer cannot be held to its constraint: one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +44,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     # Token ids of each phrase.
     bad_words: tuple[tuple[int, ...], ...] = ()
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0)
@@ -45,7 +65,7 @@ class Sampling:
     @property
     def uses_context(self) -> bool:
         """Whether drawing needs to know the tokens so far."""
-        return self.penalises or any(len(phrase) > 1 for phrase in self.bad_words)
+        return self.penalises or self.constraint is not None or any(len(phrase) > 1 for phrase in self.bad_words)
 
     @property
     def penalises(self) -> bool:

@@ -14,7 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from headway.core.model import ModelCard
-from headway.core.sampling import Sampling
+from headway.core.sampling import ConstraintError, Sampling
+
+
+class Matcher(Protocol):
+    """Holds one sequence to its constraint: pure functions of its outputs, whatever was asked before. For one thread.
+
+    Going on from the outputs of the last call costs the new ones; going back (from drafts) or elsewhere is allowed.
+    Both raise ConstraintError where the outputs do not fit, or the constraint takes too long.
+    """
+
+    def allowed(self, outputs: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """bool [vocabulary], not to be written to: what may follow; end tokens only where the constraint is met."""
+
+    def complete(self, outputs: Sequence[int]) -> bool:
+        """Whether nothing but an end token may follow, or one came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +39,7 @@ class Draw:
     prompt_tokens: how many of `context` are the prompt proper (presence and frequency penalties count outputs only;
         the repetition penalty counts all, as transformers does).
     top_logprobs: None for no log probabilities, else how many of the most likely tokens to name.
+    matcher: of the sequence; there must be one where the sampling has a constraint.
     """
 
     sampling: Sampling
@@ -33,6 +48,12 @@ class Draw:
     context: Sequence[int] = ()
     prompt_tokens: int = 0
     top_logprobs: int | None = None
+    matcher: Matcher | None = None
+
+    @property
+    def outputs(self) -> Sequence[int]:
+        """Those in `context`."""
+        return self.context[self.prompt_tokens :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +74,17 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A drawn token; log probabilities are of the distribution before temperature and truncation.
+    """A drawn token; log probabilities are of the distribution before temperature, truncation and constraint.
 
     copied_bytes: K and V that were copied for this step, so that attention reads them in one piece.
+    complete: the constraint allows nothing more.
     """
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     copied_bytes: int = 0
+    complete: bool = False
 
 
 class SlabArray(Protocol):
@@ -104,8 +127,11 @@ class Engine(Protocol):
         ignored.
         """
 
-    def forward(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> list[Drawn | None]:
-        """Compute all chunks in one pass, write their K and V, and draw where asked; one entry a chunk, in order.
+    def forward(
+        self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None
+    ) -> list[Drawn | ConstraintError | None]:
+        """Compute all chunks in one pass, write their K and V, and draw where asked; one entry a chunk, in order: an
+        error where the constraint of that sequence leaves nothing to draw.
 
         between: called by an interruptible engine between any two layers, where no chunk is a step of a sequence that
         has a name; never after the last layer. It may call forward() for other chunks, without a `between`.

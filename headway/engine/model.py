@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from headway.core.model import ModelCard
+from headway.core.sampling import ConstraintError
 from headway.engine.contract import Chunk, DeviceLost, Drawn, SlabArray
 from headway.engine.errors import ModelError
 from headway.engine.graphs import CudaRecorder, Graphs
@@ -72,7 +73,9 @@ class TorchEngine:
         """See the contract."""
         return torch.zeros((slots, stride), dtype=torch.uint8, device=self.device)
 
-    def forward(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> list[Drawn | None]:
+    def forward(
+        self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None
+    ) -> list[Drawn | ConstraintError | None]:
         """See the contract. Raises ValueError, before anything is written, where a chunk cannot be computed."""
         try:
             drawn = iter(self._drawn(chunks, between))
@@ -105,7 +108,7 @@ class TorchEngine:
         inputs = (torch.from_numpy(ids), torch.from_numpy(positions), torch.tensor(last, dtype=torch.int64))
         return self._model(*inputs, plan).float()
 
-    def _drawn(self, chunks: Sequence[Chunk], between: Callable[[], None] | None) -> list[Drawn]:
+    def _drawn(self, chunks: Sequence[Chunk], between: Callable[[], None] | None) -> list[Drawn | ConstraintError]:
         """Of each chunk that draws."""
         if self.steps is not None:
             return self.steps.forward(self._checked(chunks), chunks, self.card.vocab_size)
@@ -117,11 +120,15 @@ class TorchEngine:
             return 0
         return -rows % (1 << (rows.bit_length() - 4))
 
-    def _with_copied(self, chunks: Sequence[Chunk], drawn: Sequence[Drawn | None]) -> list[Drawn | None]:
+    def _with_copied(
+        self, chunks: Sequence[Chunk], drawn: Sequence[Drawn | ConstraintError | None]
+    ) -> list[Drawn | ConstraintError | None]:
         """Says of each sequence that got a working copy how much was copied."""
         made, token_bytes = (self._copies.made, self._copies.pages.token_bytes) if self._copies else ({}, 0)
         return [
-            replace(one, copied_bytes=made[chunk.sequence] * token_bytes) if one and chunk.sequence in made else one
+            replace(one, copied_bytes=made[chunk.sequence] * token_bytes)
+            if isinstance(one, Drawn) and chunk.sequence in made
+            else one
             for chunk, one in zip(chunks, drawn, strict=True)
         ]
 

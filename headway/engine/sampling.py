@@ -1,7 +1,8 @@
 """Drawing tokens. Randomness is a pure function of (seed, choice, output index); no row depends on its neighbours.
 
 Order, as transformers applies its processors: bias, repetition penalty, presence and frequency penalties, bad words,
-temperature, top-k, top-p, min-p; then the inverse of the cumulative distribution, over tokens in order of their ids.
+constraint, temperature, top-k, top-p, min-p; then the inverse of the cumulative distribution, over tokens in order of
+their ids.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headway.core.sampling import Sampling
+from headway.core.sampling import ConstraintError, Sampling
 from headway.engine.contract import Draw, Drawn
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
+NOTHING_LEFT = "no token may come next: the constraint and bad_words (or ignore_eos) leave none; change one of them"
+
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
 
-def draw_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
-    """One token a row of `logits` (float32 [rows, vocabulary], the model's own; left unchanged).
+def draw_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn | ConstraintError]:
+    """One token a row of `logits` (float32 [rows, vocabulary], the model's own; left unchanged), or why there is none.
 
     Greedy tokens are found where the logits lie; all that is drawn otherwise, on the host, the same on every device.
     Raises FloatingPointError where a row holds NaN or +inf, ValueError where a bias names an unknown token.
@@ -37,16 +40,39 @@ def draw_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     if any(_needs_row(draw) for draw in draws):
         logits = logits.cpu()
     touched = [row for row, draw in enumerate(draws) if _touches(draw.sampling)]
+    refused: dict[int, ConstraintError] = {}
     if touched:
         adjusted = adjust(logits[touched], [draws[row] for row in touched])
+        refused = constrain(adjusted, [draws[row] for row in touched])
+        refused = {touched[place]: error for place, error in refused.items()}
         for row, token in zip(touched, adjusted.argmax(dim=-1).tolist(), strict=True):
             chosen[row] = token
     places = {row: place for place, row in enumerate(touched)}
     for row, draw in enumerate(draws):
-        if not draw.sampling.greedy:
+        if not draw.sampling.greedy and row not in refused:
             source = adjusted[places[row]] if row in places else logits[row]
             chosen[row] = _sample(source, draw)
-    return [_drawn(logits[row], chosen[row], draw) for row, draw in enumerate(draws)]
+    return [refused.get(row) or _drawn(logits[row], chosen[row], draw) for row, draw in enumerate(draws)]
+
+
+def constrain(adjusted: torch.Tensor, draws: Sequence[Draw]) -> dict[int, ConstraintError]:
+    """Takes from `adjusted` [rows, vocabulary] what each row's constraint forbids; row → why nothing is left.
+
+    Raises ValueError where a draw has a constraint and no matcher.
+    """
+    refused = {}
+    for row, draw in enumerate(draws):
+        if draw.sampling.constraint is None:
+            continue
+        if draw.matcher is None:
+            raise ValueError("a draw with a constraint needs a matcher")
+        try:
+            adjusted[row, torch.from_numpy(~draw.matcher.allowed(draw.outputs))] = -torch.inf
+            if not bool(torch.isfinite(adjusted[row]).any()):
+                raise ConstraintError(NOTHING_LEFT)
+        except ConstraintError as error:
+            refused[row] = error
+    return refused
 
 
 def uniform(seed: int, choice: int, output_index: int) -> float:
@@ -85,7 +111,7 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[Ids, Floats]:
         ids = torch.nonzero(scaled >= scaled.topk(sampling.top_k).values[-1]).flatten()
         scaled = scaled[ids]
     weights = np.exp((scaled - scaled.max()).numpy())
-    keep = weights >= sampling.min_p  # the likeliest weighs 1
+    keep = (weights >= sampling.min_p) & (weights > 0.0)  # the likeliest weighs 1
     if sampling.top_p < 1.0:
         keep &= weights >= _nucleus(weights, sampling.top_p)
     kept = np.flatnonzero(keep)
@@ -114,13 +140,17 @@ def _sample(logits: torch.Tensor, draw: Draw) -> int:
     return int(ids[min(place, len(ids) - 1)])
 
 
-def _drawn(logits: torch.Tensor, token: int, draw: Draw) -> Drawn:
+def _drawn(logits: torch.Tensor, token: int, draw: Draw) -> Drawn | ConstraintError:
+    try:
+        complete = draw.matcher is not None and draw.matcher.complete([*draw.outputs, token])
+    except ConstraintError as error:
+        return error
     if draw.top_logprobs is None:
-        return Drawn(token)
+        return Drawn(token, complete=complete)
     logprobs = torch.log_softmax(logits.double(), dim=-1)
     top = logprobs.topk(min(draw.top_logprobs, len(logprobs)))
     named = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return Drawn(token, float(logprobs[token]), tuple(named))
+    return Drawn(token, float(logprobs[token]), tuple(named), complete=complete)
 
 
 def _needs_row(draw: Draw) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headway.core.sampling import Sampling
+from headway.core.sampling import ConstraintError, Sampling
 from headway.engine.contract import Draw, Drawn
 from headway.engine.sampling import _biases, _counts, _forbidden, _touches, draw_rows, uniform
 
@@ -103,14 +103,16 @@ def draw(logits: torch.Tensor, prepared: Prepared, vectors: Sequence[torch.Tenso
     return torch.cat(columns, 1)
 
 
-def read(table: Numbers, prepared: Prepared, rows: torch.Tensor | None) -> list[Drawn]:
+def read(table: Numbers, prepared: Prepared, rows: torch.Tensor | None) -> list[Drawn | ConstraintError]:
     """What was drawn, from the table of `draw` (or `greedy`) on the host. rows: float32 [on_host, vocabulary], there.
 
     Raises FloatingPointError where a row holds NaN or +inf.
     """
     if not np.isfinite(table[:, 1]).all():
         raise FloatingPointError("the model's logits are not finite")
-    drawn = [_read(line, one, prepared.named or 0) for line, one in zip(table, prepared.draws, strict=True)]
+    drawn: list[Drawn | ConstraintError] = [
+        _read(line, one, prepared.named or 0) for line, one in zip(table, prepared.draws, strict=True)
+    ]
     if rows is not None:
         on_host = draw_rows(rows, [prepared.draws[row] for row in prepared.on_host])
         for row, one in zip(prepared.on_host, on_host, strict=True):

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headway.core.model import KvFormat, LayerGroup, ModelCard
+from headway.core.sampling import ConstraintError
 from headway.engine.contract import Chunk, Draw, Drawn, SlabArray
 
 Words = npt.NDArray[np.uint64]
@@ -99,7 +100,9 @@ class SimulatedEngine:
     def forget(self, sequence: Hashable) -> None:
         pass
 
-    def forward(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> list[Drawn | None]:
+    def forward(
+        self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None
+    ) -> list[Drawn | ConstraintError | None]:
         if self._poison is not None and any(self._poison in chunk.tokens for chunk in chunks):
             os.kill(os.getpid(), signal.SIGKILL)
         until_s = time.monotonic() + self._latency.of(chunks)
@@ -109,7 +112,7 @@ class SimulatedEngine:
             self._sleep(left_s)
         return drawn
 
-    def _compute(self, chunk: Chunk) -> Drawn | None:
+    def _compute(self, chunk: Chunk) -> Drawn | ConstraintError | None:
         start, end = chunk.position, chunk.position + len(chunk.tokens)
         last = int(self._slab[chunk.slots[(start - 1) // self._block], (start - 1) % self._block]) if start else 0
         positions = np.arange(start, end)
@@ -119,7 +122,12 @@ class SimulatedEngine:
             return None
         ends = self._slab[chunk.slots[: end // self._block], self._block - 1]
         state = int(hashes[-1]) ^ _fold(ends)
-        return Drawn(draw_token(state, chunk.draw), -1.0, ((draw_token(state, chunk.draw), -1.0),))
+        try:
+            token = draw_token(state, chunk.draw)
+            complete = chunk.draw.matcher is not None and chunk.draw.matcher.complete([*chunk.draw.outputs, token])
+        except ConstraintError as error:
+            return error
+        return Drawn(token, -1.0, ((token, -1.0),), complete=complete)
 
     def _hash(self, last: int, tokens: Words) -> Words:
         """Rolling hashes: h[i] = h[i-1]·BASE + tokens[i] + 1 (mod 2⁶⁴), in closed form."""
@@ -133,10 +141,19 @@ class SimulatedEngine:
 
 
 def draw_token(state: int, draw: Draw) -> int:
-    """A printable byte from the context's state; the seed, choice and output index count unless greedy."""
+    """A printable byte from the context's state, or one of those bytes that the draw's constraint allows; the seed,
+    choice and output index count unless greedy. Raises ConstraintError where it allows none.
+    """
     if not draw.sampling.greedy:
         state ^= _mix(draw.sampling.seed ^ _mix(draw.choice << 32 | draw.output_index))
-    return 32 + _mix(state) % PRINTABLE
+    if draw.sampling.constraint is None:
+        return 32 + _mix(state) % PRINTABLE
+    if draw.matcher is None:
+        raise ValueError("a draw with a constraint needs a matcher")
+    allowed = np.flatnonzero(draw.matcher.allowed(draw.outputs))
+    if not len(allowed):
+        raise ConstraintError("no token may come next: the constraint leaves none")
+    return int(allowed[_mix(state) % len(allowed)])
 
 
 def expected_tokens(prompt: Sequence[int], count: int, draw: Callable[[int], Draw], block_size: int = 16) -> list[int]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from headway.core.sampling import ConstraintError
 from headway.engine.contract import Chunk, Drawn
 from headway.engine.graphs import MOST_ROWS, Graphs, Outputs, rows_for, width_for
 from headway.engine.paged import Reader
@@ -47,7 +48,7 @@ class DeviceSteps:
         if self.graphs is not None:
             self.graphs.clear()
 
-    def forward(self, pages: Pages, chunks: Sequence[Chunk], vocabulary: int) -> list[Drawn]:
+    def forward(self, pages: Pages, chunks: Sequence[Chunk], vocabulary: int) -> list[Drawn | ConstraintError]:
         """One of each chunk that draws, in order. Raises as Engine.forward."""
         prepared = prepare([chunk.draw for chunk in chunks if chunk.draw is not None], vocabulary)
         launched = self.launch(pages, chunks, prepared)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 from headway.core.model import KvFormat, LayerGroup, ModelCard
-from headway.core.sampling import Sampling
+from headway.core.sampling import Constraint, ConstraintKind, Sampling
 from headway.v1 import common_pb2
 
 
@@ -59,5 +61,23 @@ def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
     plain = {field.name: value for field, value in message.ListFields()}
     plain.pop("logit_bias", None)
     plain.pop("bad_words", None)
+    plain["constraint"] = constraint_from_proto(message.constraint) if message.HasField("constraint") else None
     bad_words = tuple(tuple(phrase.token_ids) for phrase in message.bad_words)
     return Sampling(**plain, logit_bias=dict(message.logit_bias), bad_words=bad_words)
+
+
+def constraint_from_proto(message: common_pb2.Constraint) -> Constraint:
+    """Raises ValueError where it says nothing."""
+    match message.WhichOneof("kind"):
+        case "json_schema":
+            return Constraint(ConstraintKind.JSON_SCHEMA, message.json_schema)
+        case "json_object":
+            return Constraint(ConstraintKind.JSON_SCHEMA, '{"type": "object"}')
+        case "regex":
+            return Constraint(ConstraintKind.REGEX, message.regex)
+        case "choices" if all(message.choices.texts) and message.choices.texts:
+            return Constraint(ConstraintKind.CHOICES, json.dumps(list(message.choices.texts)))
+        case "choices":
+            raise ValueError("the constraint has no choices, or one without text; give at least one, each with text")
+        case _:
+            raise ValueError("the constraint is empty; set one of json_schema, json_object, regex and choices")

@@ -335,7 +335,7 @@ class Finished(_message.Message):
     decode_worker: _builtins.str
     replays: _builtins.int
     stop_string: _builtins.str
-    """Which stop string or stop token ended it."""
+    """Which stop string or stop token ended it; neither where its constraint did."""
     stop_token_id: _builtins.int
     @_builtins.property
     def usage(self) -> Global___Usage: ...

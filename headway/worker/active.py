@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headway.core.sequence import Finish, Sequence
-from headway.engine.contract import Draw, Drawn
+from headway.engine.contract import Draw, Drawn, Matcher
 from headway.v1 import common_pb2, kvstore_pb2
 
 
@@ -60,6 +60,8 @@ class Active:
     pulled_bytes: int = 0
     # Its prompt is being computed on another node: nothing runs here before the router's Begin brings the first token.
     expecting: bool = False
+    # Of a constrained sequence, which may not run before it has it.
+    matcher: Matcher | None = None
     expiry: asyncio.TimerHandle | None = None
     phase: Phase = Phase.ACQUIRING
     lease_id: int = 0
@@ -91,6 +93,7 @@ class Active:
     @property
     def runnable(self) -> bool:
         ready = self.phase is Phase.READY and not self.stepping and not self.expecting
+        ready = ready and (self.matcher is not None or self.sequence.sampling.constraint is None)
         return ready and len(self.sequence.tokens) <= self.capacity
 
     def change_slots(self, changes: list[kvstore_pb2.SlotChange]) -> None:
@@ -111,4 +114,5 @@ class Active:
             context=sequence.tokens if sequence.sampling.uses_context else (),
             prompt_tokens=sequence.prompt_tokens,
             top_logprobs=sequence.top_logprobs,
+            matcher=self.matcher,
         )

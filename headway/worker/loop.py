@@ -14,10 +14,11 @@ from collections.abc import Callable
 import grpc
 
 from headway.core.order import Order
-from headway.core.sequence import Sequence
+from headway.core.sampling import ConstraintError
+from headway.core.sequence import Finish, Sequence
 from headway.core.step import StepLimits
 from headway.core.timings import Timings
-from headway.engine.contract import DeviceLost, Drawn, Engine
+from headway.engine.contract import DeviceLost, Drawn, Engine, Matcher
 from headway.v1 import common_pb2, kvstore_pb2
 from headway.worker.active import Active, Interrupt, Phase, Sink
 from headway.worker.attach import Slab
@@ -26,10 +27,12 @@ from headway.worker.cores import Share, yield_to_others
 from headway.worker.forwards import Done, Forwards, Result, Step
 from headway.worker.leases import Leases
 from headway.worker.lost import check_device
+from headway.worker.matchers import Matchers
 from headway.worker.steps import Steps
 
 log = logging.getLogger(__name__)
 
+INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 
@@ -46,10 +49,13 @@ class EngineLoop:
         growth_tokens: int,
         acquire_timeout_s: float,
         share: Share | None = None,
+        matchers: Matchers | None = None,
         on_load: Callable[[], None] = lambda: None,
         on_prompt: Callable[[str], None] = lambda router_id: None,
     ) -> None:
         self._engine = engine
+        # None: made when the first constrained sequence comes.
+        self._matchers = matchers
         self._on_load = on_load
         # Told on whose behalf a prompt came that can be computed now.
         self._on_prompt = on_prompt
@@ -146,7 +152,22 @@ class EngineLoop:
         if active.sequence.deadline_s is not None:
             loop = asyncio.get_running_loop()
             active.expiry = loop.call_later(active.sequence.deadline_s, self._expire, active)
+        if active.sequence.sampling.constraint is not None:
+            self._matchers = self._matchers or Matchers(self._engine.card)
+            self._matchers.make(active.sequence, lambda made: self._constrained(active, made))
         return active
+
+    def _constrained(self, active: Active, made: Matcher | common_pb2.Failure) -> None:
+        """Its matcher is there, or cannot be."""
+        if active.phase is Phase.ENDED:
+            return
+        if isinstance(made, common_pb2.Failure):
+            self._fail(active, made)
+        else:
+            active.matcher = made
+            self._wake.set()
+            self.steps.became_ready(active)
+            self._invite_guest()
 
     def _expire(self, active: Active) -> None:
         message = f"the sequence took longer than its deadline of {active.sequence.deadline_s:g} s"
@@ -192,6 +213,8 @@ class EngineLoop:
 
     def close(self) -> None:
         self._forwards.close()
+        if self._matchers:
+            self._matchers.close()
 
     def _invite_guest(self) -> None:
         """Into the forward that runs, one at a time."""
@@ -236,6 +259,8 @@ class EngineLoop:
                 self._interrupted(active)
             elif isinstance(result, DeviceLost):
                 self._fail(active, failure(UNAVAILABLE, str(result), retryable=True))
+            elif isinstance(result, ConstraintError):
+                self._fail(active, failure(INVALID_ARGUMENT, f"constraint: {result}", retryable=False))
             elif isinstance(result, Exception):
                 message = f"the engine failed on this sequence: {type(result).__name__}: {result}"
                 self._fail(active, failure(grpc.StatusCode.INTERNAL, message, retryable=False))
@@ -250,7 +275,7 @@ class EngineLoop:
         output_index = sequence.output_index
         sequence.tokens.append(drawn.token_id)
         active.first_token_s = active.first_token_s or time.monotonic()
-        finish = sequence.finish_after(drawn.token_id)
+        finish = Finish.STOP if drawn.complete else sequence.finish_after(drawn.token_id)
         active.sink.drawn(active, drawn, output_index, finish)
         if finish is not None:
             self.leases.seal(active, last=True)

@@ -29,6 +29,7 @@ from headway.worker.attach import Attachment
 from headway.worker.config import WorkerConfig
 from headway.worker.cores import Cores, Share
 from headway.worker.loop import EngineLoop
+from headway.worker.matchers import Matchers
 from headway.worker.measure import TimingFile, alone, measure
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ async def run_worker(
     port = server.listen(config.host, config.port)
     device = await asyncio.to_thread(_device, config)
     engine = await asyncio.to_thread(make_engine, config, role)
+    matchers = await asyncio.to_thread(Matchers, engine.card)
     threads = cores_of(config, role)[0]
     timings, timing_file = Timings(threads), TimingFile(config.timing_file, _identity(config, engine.card, threads))
     await asyncio.to_thread(_know_speed, config, engine, timings, timing_file)
@@ -115,6 +117,7 @@ async def run_worker(
         growth_tokens=config.growth_tokens,
         acquire_timeout_s=config.acquire_timeout_s,
         share=share_of(config, role),
+        matchers=matchers,
         on_load=lambda: announcer.load_changed(),
         on_prompt=lambda router_id: announcer.prompt_came(router_id),
     )

@@ -41,7 +41,7 @@ class Answer:
             return token.output_index < due or self.over
         self.sent.append(token.token_id)
         self._tokens.append(token)
-        if reason == common_pb2.FINISH_REASON_STOP:
+        if reason == common_pb2.FINISH_REASON_STOP and token.token_id in self._job.stop_token_ids:
             # The stop token itself is no part of the text.
             self.finished.stop_token_id = token.token_id
         else:

@@ -24,6 +24,7 @@ from headway.runtime.convert import card_from_proto
 from headway.runtime.errors import HeadwayError
 from headway.v1 import common_pb2, router_pb2
 from services.router.config import RouterConfig
+from services.router.constraints import ConstraintCheck
 from services.router.dispatch import DECODE, PREFILL, Link
 from services.router.inbox import GONE, Inbox
 from services.router.model import ServedModel
@@ -127,6 +128,7 @@ class Fleet:
         self.index = PrefixIndex(config.max_index_blocks)
         self.links = Links(config.pull_latency_s, config.link_bytes_per_s or math.inf)
         self.model: ServedModel | None = None
+        self.constraints = ConstraintCheck()
         # Requests that wait for a worker that can serve them.
         self.waiting: set[Inbox] = set()
         self._placer: Placer | None = None
@@ -234,6 +236,7 @@ class Fleet:
             store.close()
         if self.model is not None:
             self.model.close()
+        self.constraints.close()
 
     def views(self) -> Iterable[router_pb2.WorkerView]:
         now = time.monotonic()

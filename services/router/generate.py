@@ -37,7 +37,7 @@ async def generate(
         async with asyncio.timeout(seconds) as limit:
             # 1. Tokenize, compute block keys, look the prefix up, and pick the workers.
             model = await served_model(fleet, config, inbox)
-            job = await prepare(request, model, received, received + seconds)
+            job = await prepare(request, model, fleet.constraints, received, received + seconds)
             choices = [Choice(job, index, fleet, config, inbox) for index in range(job.choices)]
             # 2. Prefill leases slots and cached blocks, 3. computes the rest in chunks; decode is told to expect it.
             choices[0].start()

@@ -14,6 +14,7 @@ from headway.runtime.errors import invalid
 from headway.text.errors import TextError
 from headway.text.tokenizer import Tokenizer
 from headway.v1 import common_pb2, router_pb2
+from services.router.constraints import ConstraintCheck
 from services.router.model import ServedModel
 from services.router.validate import check_request, check_tokens
 
@@ -112,10 +113,14 @@ class Job:
         return pieces
 
 
-async def prepare(request: router_pb2.GenerateRequest, model: ServedModel, received: float, deadline: float) -> Job:
+async def prepare(
+    request: router_pb2.GenerateRequest, model: ServedModel, constraints: ConstraintCheck, received: float, deadline: float
+) -> Job:
     """Check and tokenize a request. Raises HeadwayError."""
     card = model.card
     sampling = check_request(request, card)
+    if sampling.constraint is not None:
+        await constraints.check(sampling.constraint)
     tokenizer = await model.tokenizer()
     token_ids = await _tokenize(request, tokenizer)
     check_tokens(token_ids, card)

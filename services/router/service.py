@@ -100,7 +100,8 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         received = time.monotonic()
         inbox = Inbox(1)
         model = await served_model(self.fleet, self.config, inbox)
-        job = await prepare(request, model, received, received + self._seconds(request, context))
+        deadline = received + self._seconds(request, context)
+        job = await prepare(request, model, self.fleet.constraints, received, deadline)
         response = router_pb2.ExplainResponse(prompt_tokens=len(job.token_ids))
         for option in Choice(job, 0, self.fleet, self.config, inbox).options():
             response.options.add(

@@ -11,7 +11,7 @@ from headway.core.model import ModelCard
 from headway.core.sampling import Sampling
 from headway.runtime.convert import sampling_from_proto
 from headway.runtime.errors import HeadwayError, invalid
-from headway.v1 import router_pb2
+from headway.v1 import common_pb2, router_pb2
 
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
@@ -21,6 +21,10 @@ MAX_STOP_TOKENS = 256
 MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_TOKENS = 32
+MAX_SCHEMA_BYTES = 65_536
+MAX_REGEX_BYTES = 8_192
+MAX_CHOICES_TEXTS = 1_024
+MAX_CHOICES_BYTES = 16_384
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_TENANT_CHARACTERS = 128
 ROLES = ("system", "user", "assistant")
@@ -101,10 +105,20 @@ def _check_sampling(request: router_pb2.GenerateRequest, card: ModelCard) -> Sam
     for phrase in request.sampling.bad_words:
         _at_most("the number of tokens of one of bad_words", len(phrase.token_ids), MAX_BAD_WORD_TOKENS)
         _in_vocabulary("bad_words", max(phrase.token_ids, default=0), card)
+    _check_constraint_size(request.sampling.constraint)
     try:
         return sampling_from_proto(request.sampling)
     except ValueError as error:
         raise invalid(f"sampling: {error}") from None
+
+
+def _check_constraint_size(constraint: common_pb2.Constraint) -> None:
+    """What the library takes grows with its text: once for all, and for each token."""
+    texts = constraint.choices.texts
+    _at_most("the length of json_schema in bytes", len(constraint.json_schema.encode()), MAX_SCHEMA_BYTES)
+    _at_most("the length of regex in bytes", len(constraint.regex.encode()), MAX_REGEX_BYTES)
+    _at_most("the number of choices", len(texts), MAX_CHOICES_TEXTS)
+    _at_most("the length of all choices in bytes", sum(len(text.encode()) for text in texts), MAX_CHOICES_BYTES)
 
 
 def _in_vocabulary(where: str, token_id: int, card: ModelCard) -> None:
