@@ -45,8 +45,8 @@ class Options(TypedDict, total=False):
     seed: int
     logit_bias: Mapping[int, float]
     bad_words: Sequence[Sequence[int]]
-    # At most one of these says what the whole answer must be: JSON under this schema, any JSON object, text that matches
-    # this regex (in the syntax of Rust's), one of these texts.
+    # At most one of these says what the whole answer must be: JSON under this schema, any JSON object, text that
+    # matches this regex (in the syntax of Rust's), one of these texts.
     json_schema: str | Mapping[str, Any]
     json_object: bool
     regex: str

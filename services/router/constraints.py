@@ -49,7 +49,7 @@ class ConstraintCheck:
                 child.kill()
 
     async def _try(self, constraint: Constraint) -> str | None:
-        """Why it cannot be used, or None. A child that has not answered is ended, or its answer would be the next one's."""
+        """Why it cannot be used, or None. A child that owes an answer is ended: it would be taken for the next one's."""
         asked = json.dumps({"kind": constraint.kind.value, "text": constraint.text})
         child = self._child or await self._start()
         try:
@@ -81,6 +81,7 @@ class ConstraintCheck:
             unable = "the process that tries constraints does not start"
         if unable is not None:
             self.close()
+            await child.wait()
             raise HeadwayError(grpc.StatusCode.FAILED_PRECONDITION, f"the router says: {unable}")
         return child
 

@@ -114,7 +114,11 @@ class Job:
 
 
 async def prepare(
-    request: router_pb2.GenerateRequest, model: ServedModel, constraints: ConstraintCheck, received: float, deadline: float
+    request: router_pb2.GenerateRequest,
+    model: ServedModel,
+    constraints: ConstraintCheck,
+    received: float,
+    deadline: float,
 ) -> Job:
     """Check and tokenize a request. Raises HeadwayError."""
     card = model.card
