@@ -49,7 +49,7 @@ class ConstraintCheck:
                 child.kill()
 
     async def _try(self, constraint: Constraint) -> str | None:
-        """Why it cannot be used, or None. A child that owes an answer is ended: it would be taken for the next one's."""
+        """Why it cannot be used, or None. A child that owes an answer is ended: it would pass for the next one's."""
         asked = json.dumps({"kind": constraint.kind.value, "text": constraint.text})
         child = self._child or await self._start()
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from headway.core.sampling import Sampling
+from headway.core.sampling import Constraint, ConstraintError, ConstraintKind, Sampling
 from headway.engine.contract import Draw
 from headway.engine.sampling import adjust, candidates, draw_rows, uniform
 
@@ -221,3 +221,78 @@ def test_broken_logits_are_an_error(value: float) -> None:
     logits[1, 5] = value
     with pytest.raises(FloatingPointError):
         draw_rows(logits, [Draw(Sampling(), 0), Draw(Sampling(), 0)])
+
+
+class Only:
+    """A matcher that allows these tokens, and is complete after so many."""
+
+    def __init__(self, *tokens: int, length: int = 1 << 30, error: str = "") -> None:
+        self.tokens, self.length, self.error = tokens, length, error
+        self.asked: list[list[int]] = []
+
+    def allowed(self, outputs: Sequence[int]) -> np.ndarray:
+        self.asked.append(list(outputs))
+        if self.error:
+            raise ConstraintError(self.error)
+        return np.isin(np.arange(VOCABULARY), self.tokens)
+
+    def complete(self, outputs: Sequence[int]) -> bool:
+        return len(outputs) >= self.length
+
+
+ANYTHING = Constraint(ConstraintKind.REGEX, "whatever the matcher says")
+
+
+def held(matcher: Only | None, context: Sequence[int] = (), prompt_tokens: int = 0, **sampling: object) -> Draw:
+    kind = Sampling(constraint=ANYTHING, **sampling)  # type: ignore[arg-type]
+    return Draw(kind, len(context) - prompt_tokens, 0, context, prompt_tokens, 2, matcher)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
+def test_only_what_the_constraint_allows_is_drawn(temperature: float) -> None:
+    """Also against a bias, and where the model gives it no probability to speak of."""
+    logits = torch.zeros(50, VOCABULARY)
+    logits[:, [5, 6]] = -200.0
+    draws = [held(Only(5, 6), [1, 2], 1, temperature=temperature, seed=at, logit_bias={9: 1e6}) for at in range(50)]
+    drawn = draw_rows(logits, draws)
+    assert {one.token_id for one in drawn} == ({5} if temperature == 0.0 else {5, 6})
+    assert draws[0].matcher.asked[0] == [2]  # outputs, not the prompt
+    assert drawn[0].logprob == pytest.approx(float(torch.log_softmax(logits[0].double(), -1)[drawn[0].token_id]))
+
+
+def test_a_constraint_touches_its_own_row_only() -> None:
+    logits = some_logits(3)
+    drawn = draw_rows(logits, [Draw(Sampling(), 0), held(Only(7)), Draw(Sampling(temperature=1.0, seed=4), 0)])
+    alone = [
+        draw_rows(logits[[row]], [draw])[0]
+        for row, draw in ((0, Draw(Sampling(), 0)), (2, Draw(Sampling(temperature=1.0, seed=4), 0)))
+    ]
+    assert [drawn[0], drawn[2]] == alone
+    assert drawn[1].token_id == 7
+
+
+def test_the_last_token_of_a_constraint_says_so() -> None:
+    matcher = Only(7, length=2)
+    drawn = draw_rows(some_logits(2), [held(matcher), held(matcher, [3, 7], 1)])
+    assert [one.complete for one in drawn] == [False, True]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_anything_left_is_an_error_of_its_own(temperature: float) -> None:
+    draws = [
+        held(Only(3), temperature=temperature),
+        held(Only(4, 5), temperature=temperature, bad_words=((4,), (5,))),
+        held(Only(), temperature=temperature),
+        held(Only(3, error="too complex"), temperature=temperature),
+    ]
+    first, *others = draw_rows(some_logits(4), draws)
+    assert first.token_id == 3
+    assert [type(other) for other in others] == [ConstraintError] * 3
+    assert "no token may come next" in str(others[0])
+    assert "no token may come next" in str(others[1])
+    assert str(others[2]) == "too complex"
+
+
+def test_a_constraint_without_a_matcher_is_never_ignored() -> None:
+    with pytest.raises(ValueError, match="needs a matcher"):
+        draw_rows(some_logits(1), [held(None)])
