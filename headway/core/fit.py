@@ -25,6 +25,9 @@ ANCHOR = 8.0
 # Keeps the equations solvable while all observations are alike.
 RIDGE = 1e-6
 
+# What a draft adds to a step, in times of what one sequence more adds, is within these.
+LEAST_DRAFT, MOST_DRAFT = 1 / 8, 8.0
+
 Features = tuple[float, float, float]
 State = list[float]
 
@@ -155,6 +158,29 @@ class ForwardWork(NamedTuple):
     prompts: Sequence[tuple[int, int]] = ()
     batch: int = 0
     kv_tokens: int = 0
+    drafts: int = 0
+
+
+class DraftCost:
+    """What a draft adds to a step. Starts from what a sequence more adds, and returns there where none are tried."""
+
+    def __init__(self) -> None:
+        self._drafts = self._seconds = 0.0
+
+    def observe(self, drafts: int, seconds: float, row_s: float) -> None:
+        """A step with so many drafts took `seconds` more than it should have without; one sequence more: `row_s`."""
+        most_s = MOST_DRAFT * drafts * row_s
+        self._drafts = KEEP * self._drafts + drafts
+        self._seconds = KEEP * self._seconds + max(-most_s, min(most_s, seconds))
+
+    def fade(self) -> None:
+        """A step had none."""
+        self._drafts *= KEEP
+        self._seconds *= KEEP
+
+    def seconds(self, row_s: float) -> float:
+        """Of one draft; one sequence more: `row_s`."""
+        return max(LEAST_DRAFT * row_s, (self._seconds + ANCHOR * row_s) / (self._drafts + ANCHOR))
 
 
 class Timing:
@@ -163,6 +189,7 @@ class Timing:
     def __init__(self, prefill: Coefficients = (0.0, 1e-3, 0.0), step: Coefficients = (1e-2, 0.0, 0.0)) -> None:
         self.prefill = Fit(prefill)
         self.step = Fit(step)
+        self.draft = DraftCost()
         self.predictor = Predictor(prefill, step)
 
     @property
@@ -170,13 +197,25 @@ class Timing:
         """Seconds per prefilled token of a prompt of 1,024; 0 until measured."""
         return self.predictor.prefill_s(1024, 0) / 1024 if self.prefill.count else 0.0
 
+    @property
+    def draft_s(self) -> float:
+        """Seconds that a draft adds to a step."""
+        return self.draft.seconds(self.predictor.step[1])
+
     def observe(self, work: ForwardWork, seconds: float) -> None:
-        """A forward took `seconds`. One of prompts and steps together is split by what the steps should take."""
+        """A forward took `seconds`. One of prompts and steps together is split by what the steps should take.
+
+        One with drafts has no prompts, and says nothing of steps without.
+        """
         if work.prompts:
             step_s = self.predictor.step_s(work.batch, work.kv_tokens) if work.batch else 0.0
             if not work.batch or self.step.count:
                 self.prefill.observe(prefill_features(work.prompts), seconds - step_s)
+        elif work.drafts:
+            more_s = seconds - self.predictor.step_s(work.batch, work.kv_tokens)
+            self.draft.observe(work.drafts, more_s, self.predictor.step[1])
         elif work.batch:
+            self.draft.fade()
             self.step.observe((1.0, work.batch, work.kv_tokens), seconds)
         self.predictor = Predictor(self.prefill.coefficients, self.step.coefficients)
 

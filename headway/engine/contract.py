@@ -7,7 +7,7 @@ sequence can go on in any worker that maps the slab. What it keeps beside (a cop
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,7 +61,9 @@ class Chunk:
     """Tokens [position, position + len(tokens)) of one sequence, whose earlier K and V are in the slab.
 
     slots: the sequence's block table, int32 [blocks]; token t lives in slots[t // block_size] at t % block_size.
-    draw: None when more of the prompt follows. sequence: names it for as long as it decodes here, until `forget`; the
+    draw: None when more of the prompt follows. drafts: so many of the last tokens are guesses of what is to be drawn; a
+        draw is of what follows the token before them, and after it with each draft that was right the next one.
+    sequence: names it for as long as it decodes here, until `forget`; the
         engine may keep a copy of its K and V meanwhile. None: it has no name, and there is no copy.
     """
 
@@ -70,6 +72,37 @@ class Chunk:
     slots: npt.NDArray[np.int32]
     draw: Draw | None
     sequence: Hashable | None = None
+    drafts: int = 0
+
+    @property
+    def draws(self) -> list[Draw]:
+        """How to draw after each of the last 1 + drafts tokens, if those before it are right."""
+        draw = self.draw
+        if draw is None or not self.drafts:
+            return [] if draw is None else [draw]
+        guessed = self.tokens[len(self.tokens) - self.drafts :]
+        return [
+            replace(
+                draw,
+                output_index=draw.output_index + right,
+                context=[*draw.context, *guessed[:right]] if draw.context else (),
+            )
+            for right in range(self.drafts + 1)
+        ]
+
+    def kept(self, drawn: Sequence[Drawn | ConstraintError]) -> Drawn | ConstraintError:
+        """What was drawn, of one for each of `draws`: the last is the first that differs from its draft. Where the
+        constraint leaves nothing after drafts that were right, they are kept, and the next step says so.
+        """
+        first, guessed = drawn[0], self.tokens[len(self.tokens) - self.drafts :]
+        if isinstance(first, ConstraintError):
+            return first
+        kept = [first]
+        for draft, following in zip(guessed, drawn[1:], strict=True):
+            if kept[-1].token_id != draft or isinstance(following, ConstraintError):
+                break
+            kept.append(following)
+        return replace(first, then=tuple(kept[1:])) if len(kept) > 1 else first
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +110,8 @@ class Drawn:
     """A drawn token; log probabilities are of the distribution before temperature, truncation and constraint.
 
     copied_bytes: K and V that were copied for this step, so that attention reads them in one piece.
-    complete: the constraint allows nothing more.
+    complete: the constraint allows nothing more. then: tokens that were drawn after it in the same forward, because it
+        and those before were among the drafts.
     """
 
     token_id: int
@@ -85,6 +119,7 @@ class Drawn:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     copied_bytes: int = 0
     complete: bool = False
+    then: tuple[Drawn, ...] = ()
 
 
 class SlabArray(Protocol):
@@ -132,6 +167,8 @@ class Engine(Protocol):
     ) -> list[Drawn | ConstraintError | None]:
         """Compute all chunks in one pass, write their K and V, and draw where asked; one entry a chunk, in order: an
         error where the constraint of that sequence leaves nothing to draw.
+
+        K and V of drafts that were wrong are left in the slab; those of the tokens drawn instead take their place.
 
         between: called by an interruptible engine between any two layers, where no chunk is a step of a sequence that
         has a name; never after the last layer. It may call forward() for other chunks, without a `between`.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
-import numpy as np
 import torch
 
 from headway.core.model import ModelCard
@@ -14,6 +12,7 @@ from headway.core.sampling import ConstraintError
 from headway.engine.contract import Chunk, DeviceLost, Drawn, SlabArray
 from headway.engine.errors import ModelError
 from headway.engine.graphs import CudaRecorder, Graphs
+from headway.engine.pack import pack
 from headway.engine.paged import Reader
 from headway.engine.pages import Pages
 from headway.engine.plan_cpu import plan_cpu
@@ -86,12 +85,12 @@ class TorchEngine:
             if self.device.type != "cpu" and isinstance(error, RuntimeError):
                 _check_works(self.device, error)
             raise
-        results = [None if chunk.draw is None else next(drawn) for chunk in chunks]
+        results = [chunk.kept([next(drawn) for _ in chunk.draws]) if chunk.draw else None for chunk in chunks]
         return self._with_copied(chunks, results) if self._copies and self._copies.made else results
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk], between: Callable[[], None] | None = None) -> torch.Tensor:
-        """float32 [draws, vocabulary]: the logits after the last token of each chunk that draws, in order."""
+        """float32 [draws, vocabulary]: the logits from which each chunk that draws does so, in order."""
         pages = self._checked(chunks)
         if self.steps is not None:
             return self.steps.logits(pages, chunks)
@@ -100,19 +99,13 @@ class TorchEngine:
         if not plan.batches:
             # A later plan may give away the rows of working copies that this one's batches read.
             plan = plan._replace(between=between)
-        more = np.zeros(self._more_rows(plan.rows), np.int64)
-        ids = np.concatenate([*(np.asarray(chunk.tokens, np.int64) for chunk in chunks), more])
-        positions = np.concatenate([*(np.arange(c.position, c.position + len(c.tokens)) for c in chunks), more])
-        ends = accumulate(len(chunk.tokens) for chunk in chunks)
-        last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.draw is not None]
-        inputs = (torch.from_numpy(ids), torch.from_numpy(positions), torch.tensor(last, dtype=torch.int64))
-        return self._model(*inputs, plan).float()
+        return self._model(*pack(chunks, self._more_rows(plan.rows)), plan).float()
 
     def _drawn(self, chunks: Sequence[Chunk], between: Callable[[], None] | None) -> list[Drawn | ConstraintError]:
-        """Of each chunk that draws."""
+        """Of each draw."""
         if self.steps is not None:
             return self.steps.forward(self._checked(chunks), chunks, self.card.vocab_size)
-        return draw_rows(self.logits(chunks, between), [chunk.draw for chunk in chunks if chunk.draw is not None])
+        return draw_rows(self.logits(chunks, between), [draw for chunk in chunks for draw in chunk.draws])
 
     def _more_rows(self, rows: int) -> int:
         """That fill up the pack: oneDNN makes code for each number of rows, and never lets go of it."""
@@ -141,6 +134,8 @@ class TorchEngine:
         for chunk in chunks:
             if not chunk.tokens or min(chunk.tokens) < 0 or max(chunk.tokens) >= self.card.vocab_size:
                 raise ValueError(f"token ids must be 0 to {self.card.vocab_size - 1}, at least one a chunk")
+            if not 0 <= chunk.drafts < len(chunk.tokens) or (chunk.drafts and chunk.draw is None):
+                raise ValueError("drafts follow a token, and something is drawn after them")
             if chunk.position + len(chunk.tokens) > self.card.context_tokens:
                 raise ValueError(f"a sequence cannot be longer than the context of {self.card.context_tokens} tokens")
         return self._pages

@@ -16,7 +16,7 @@ from headway.engine.working import Copies, Step, shelved
 def plan_cpu(pages: Pages, chunks: Sequence[Chunk], copies: Copies) -> Plan:
     """Where each row's K and V go and what it may see; made once a forward, used by every layer.
 
-    Single tokens of sequences that have a name attend to working copies. Raises ValueError where a chunk is empty or
+    Steps (one token, and drafts after it) of sequences that have a name attend to working copies. Raises ValueError where a chunk is empty or
     its block table too short or outside the slab.
     """
     spans: list[Span] = []
@@ -29,12 +29,14 @@ def plan_cpu(pages: Pages, chunks: Sequence[Chunk], copies: Copies) -> Plan:
     for chunk in chunks:
         count, position = len(chunk.tokens), chunk.position
         blocks = checked_blocks(pages, chunk)
-        if count == 1:
-            steps.append((row, int(blocks[-1]), position % pages.block_size))
+        is_step = count == 1 + chunk.drafts
+        if is_step:
+            places = (divmod(place, pages.block_size) for place in range(position, position + count))
+            steps += [(row + at, int(blocks[block]), offset) for at, (block, offset) in enumerate(places)]
         else:
             _split(pages.block_size, row, position, count, blocks, runs, pieces)
         table = torch.from_numpy(blocks)
-        step = copies.step(chunk.sequence, row, position, table) if count == 1 else None
+        step = copies.step(chunk.sequence, row, position, table, count) if is_step else None
         if step is not None:
             copied.append(step)
         else:

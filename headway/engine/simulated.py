@@ -47,14 +47,15 @@ class Latency:
             seconds += self.prefill[0] + self.prefill[1] * new + self.prefill[2] * attended
         steps = [chunk for chunk in chunks if decodes(chunk)]
         if steps:
+            rows = sum(len(chunk.tokens) for chunk in steps)
             kv = sum(chunk.position for chunk in steps)
-            seconds += self.step[0] + self.step[1] * len(steps) + self.step[2] * kv
+            seconds += self.step[0] + self.step[1] * rows + self.step[2] * kv
         return seconds
 
 
 def decodes(chunk: Chunk) -> bool:
     """Whether it is a step of an answer, and not the end of a prompt of which one token was not cached."""
-    return len(chunk.tokens) == 1 and chunk.draw is not None and chunk.draw.output_index > 0
+    return len(chunk.tokens) == 1 + chunk.drafts and chunk.draw is not None and chunk.draw.output_index > 0
 
 
 def simulated_card(context_tokens: int = 131072, block_size: int = 16) -> ModelCard:
@@ -120,11 +121,15 @@ class SimulatedEngine:
         self._slab[chunk.slots[positions // self._block], positions % self._block] = hashes
         if chunk.draw is None:
             return None
-        ends = self._slab[chunk.slots[: end // self._block], self._block - 1]
-        state = int(hashes[-1]) ^ _fold(ends)
+        return chunk.kept([self._draw(chunk, end - chunk.drafts + at, draw) for at, draw in enumerate(chunk.draws)])
+
+    def _draw(self, chunk: Chunk, length: int, draw: Draw) -> Drawn | ConstraintError:
+        """What follows the sequence's first `length` tokens."""
+        last = self._slab[chunk.slots[(length - 1) // self._block], (length - 1) % self._block]
+        ends = self._slab[chunk.slots[: length // self._block], self._block - 1]
         try:
-            token = draw_token(state, chunk.draw)
-            complete = chunk.draw.matcher is not None and chunk.draw.matcher.complete([*chunk.draw.outputs, token])
+            token = draw_token(int(last) ^ _fold(ends), draw)
+            complete = draw.matcher is not None and draw.matcher.complete([*draw.outputs, token])
         except ConstraintError as error:
             return error
         return Drawn(token, -1.0, ((token, -1.0),), complete=complete)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from headway.core.sampling import ConstraintError
 from headway.engine.contract import Chunk, Drawn
 from headway.engine.graphs import MOST_ROWS, Graphs, Outputs, rows_for, width_for
+from headway.engine.pack import pack
 from headway.engine.paged import Reader
 from headway.engine.pages import Pages, Plan
 from headway.engine.plan_device import moved, plan_device, vectors, with_vectors
@@ -49,8 +48,8 @@ class DeviceSteps:
             self.graphs.clear()
 
     def forward(self, pages: Pages, chunks: Sequence[Chunk], vocabulary: int) -> list[Drawn | ConstraintError]:
-        """One of each chunk that draws, in order. Raises as Engine.forward."""
-        prepared = prepare([chunk.draw for chunk in chunks if chunk.draw is not None], vocabulary)
+        """One of each draw, in order. Raises as Engine.forward."""
+        prepared = prepare([draw for chunk in chunks for draw in chunk.draws], vocabulary)
         launched = self.launch(pages, chunks, prepared)
         table, rows = (None if each is None else self._to_host(each) for each in launched)
         if self._device.type == "cuda":
@@ -110,12 +109,7 @@ class DeviceSteps:
     def _inputs(self, pages: Pages, chunks: Sequence[Chunk], width: int) -> tuple[list[torch.Tensor], Plan]:
         """Token ids, positions, rows that draw, then the plan's vectors, all on the host."""
         plan = plan_device(pages, chunks, self.reader, width)
-        ids = np.concatenate([np.asarray(chunk.tokens, np.int64) for chunk in chunks])
-        positions = np.concatenate([np.arange(c.position, c.position + len(c.tokens)) for c in chunks])
-        ends = accumulate(len(chunk.tokens) for chunk in chunks)
-        last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.draw is not None]
-        rows = (torch.from_numpy(ids), torch.from_numpy(positions), torch.tensor(last, dtype=torch.int64))
-        return [*rows, *vectors(plan)], plan
+        return [*pack(chunks), *vectors(plan)], plan
 
     def _compute(self, placed: Sequence[torch.Tensor], plan: Plan) -> torch.Tensor:
         ids, positions, last, *others = placed

@@ -69,11 +69,14 @@ class Copy:
 
 
 class Step(NamedTuple):
-    """A sequence's next token: its row of the pack, its copy, and how many tokens it sees with it."""
+    """A sequence's next `count` tokens, the drafts among them: the first one's row of the pack, the sequence's copy, and
+    how many tokens the last one sees with itself.
+    """
 
     row: int
     copy: Copy
     length: int
+    count: int = 1
 
 
 @dataclass
@@ -99,26 +102,30 @@ class Copies:
         while self._ended:
             self._drop(self._ended.popleft())
 
-    def step(self, sequence: Hashable | None, row: int, position: int, blocks: torch.Tensor) -> Step | None:
-        """The step in which row `row` of the pack is the sequence's token at `position`. Its copy is made where there
-        is none, and taken to get that token. None where the sequence has no name, or memory is out.
+    def step(
+        self, sequence: Hashable | None, row: int, position: int, blocks: torch.Tensor, count: int = 1
+    ) -> Step | None:
+        """The step in which row `row` of the pack is the sequence's token at `position`, and those after it, `count` in
+        all, are drafts. Its copy is made where there is none, and taken to get those tokens. None where the sequence
+        has no name, or memory is out.
 
-        blocks: int64, the slots of tokens [0, position].
+        blocks: int64, the slots of tokens [0, position + count).
         """
         if sequence is None:
             return None
         copy = self._by_sequence.get(sequence)
-        if copy is None or copy.tokens != position or position >= copy.shelf.room:
+        # What the copy has at `position` and after it were drafts that did not hold, and is written over.
+        if copy is None or copy.tokens < position or position + count > copy.shelf.room:
             self._drop(sequence)
-            copy = self._take(position + 1)
+            copy = self._take(position + count)
             if copy is None:
                 return None
             self._by_sequence[sequence] = copy
             self._fill(copy, position, blocks)
             self.made[sequence] = position
-        copy.tokens = position + 1
+        copy.tokens = position + count
         copy.shelf.used[copy.row] = max(copy.shelf.used[copy.row], copy.tokens)
-        return Step(row, copy, position + 1)
+        return Step(row, copy, position + count, count)
 
     def _drop(self, sequence: Hashable) -> None:
         copy = self._by_sequence.pop(sequence, None)
@@ -164,14 +171,15 @@ class Copies:
 
 
 class Batch(NamedTuple):
-    """n sequences in consecutive rows of a shelf that take a step. rows: see pages.Batch.
+    """n sequences in consecutive rows of a shelf that take a step of `count` tokens each. rows: see pages.Batch.
 
-    Their heads are n · kv_heads lines of the shelf, `lines` and, as int64, `each`; positions: int64, where the new
-    tokens of these go. mask: [1 or n · kv_heads, 1, 1 or longest], 0 or −inf.
+    Their heads are n · kv_heads lines of the shelf, `lines`. each, positions: int64 [n · count · kv_heads], the line,
+    and the place there, of each new token's heads. mask: [1 or n · kv_heads, count, 1 or longest], 0 or −inf.
     """
 
     shelf: Shelf
     rows: torch.Tensor | None
+    count: int
     lines: slice
     each: torch.Tensor
     positions: torch.Tensor
@@ -180,25 +188,37 @@ class Batch(NamedTuple):
 
     def attend(self, layer: int, query: torch.Tensor, new: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """See pages.Batch."""
-        dim, lines = query.shape[2], len(self.each)
+        heads, dim = query.shape[1:]
+        lines, kv_heads = self.lines.stop - self.lines.start, self.shelf.heads
         if self.rows is not None:
             query, new = query[self.rows], new[self.rows]
         keys, values = self.shelf.keys[layer], self.shelf.values[layer]
-        keys[self.each, :, self.positions] = new[:, 0].reshape(lines, dim)
-        values[self.each, self.positions] = new[:, 1].reshape(lines, dim)
+        keys[self.each, :, self.positions] = new[:, 0].reshape(-1, dim)
+        values[self.each, self.positions] = new[:, 1].reshape(-1, dim)
         keys, values = keys[self.lines, :, : self.longest], values[self.lines, : self.longest]
-        # The query heads that share a KV head are the rows.
-        grouped = query.reshape(lines, -1, dim)
-        scores = torch.baddbmm(self.mask, grouped, keys, alpha=scaling or dim**-0.5)
+        if self.count == 1:
+            # The query heads that share a KV head are the rows.
+            grouped = query.reshape(lines, -1, dim)
+            scores = torch.baddbmm(self.mask, grouped, keys, alpha=scaling or dim**-0.5)
+        else:
+            by_token = query.view(-1, self.count, kv_heads, heads // kv_heads, dim)
+            grouped = by_token.transpose(1, 2).reshape(lines, -1, dim)
+            scores = torch.bmm(grouped, keys).mul_(scaling or dim**-0.5)
+            scores.view(lines, self.count, -1, self.longest).add_(self.mask[:, :, None])
         shares = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
-        return torch.bmm(shares, values).view(-1, query.shape[1], dim)
+        seen = torch.bmm(shares, values)
+        if self.count == 1:
+            return seen.view(-1, heads, dim)
+        by_head = seen.view(-1, kv_heads, self.count, heads // kv_heads, dim)
+        return by_head.transpose(1, 2).reshape(-1, heads, dim)
 
 
 def shelved(steps: Sequence[Step], rows: int) -> list[Batch]:
-    """One for each run of consecutive rows of a shelf; the pack has so many `rows`."""
+    """One for each run of consecutive rows of a shelf with as many tokens each; the pack has so many `rows`."""
     runs: list[list[Step]] = []
     for step in sorted(steps, key=lambda step: (id(step.copy.shelf), step.copy.row)):
-        before = runs[-1][-1].copy if runs else None
+        last = runs[-1][-1] if runs else None
+        before = last.copy if last and last.count == step.count else None
         if before and before.shelf is step.copy.shelf and before.row + 1 == step.copy.row:
             runs[-1].append(step)
         else:
@@ -209,15 +229,20 @@ def shelved(steps: Sequence[Step], rows: int) -> list[Batch]:
 def _batch(steps: list[Step], count: int) -> Batch:
     first, last = steps[0].copy, steps[-1].copy
     heads, dtype = first.shelf.heads, first.shelf.keys[0].dtype
-    lengths = torch.tensor([step.length for step in steps]).repeat_interleave(heads)
+    tokens = steps[0].count
+    lengths = torch.tensor([step.length for step in steps])
     longest, mask = int(lengths.max()), torch.zeros(1, 1, 1, dtype=dtype)
-    if int(lengths.min()) < longest:
-        unseen = torch.arange(longest) >= lengths[:, None]
-        mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)[:, None]
-    rows = [step.row for step in steps]
+    # int64 [sequences, tokens]: of each new token.
+    positions = lengths[:, None] - torch.arange(tokens, 0, -1)
+    if tokens > 1 or int(lengths.min()) < longest:
+        unseen = torch.arange(longest) > positions[:, :, None]
+        mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf).repeat_interleave(heads, 0)
+    rows = [row for step in steps for row in range(step.row, step.row + tokens)]
     at = None if rows == list(range(count)) else torch.tensor(rows)
     lines = slice(first.row * heads, (last.row + 1) * heads)
-    return Batch(first.shelf, at, lines, torch.arange(lines.start, lines.stop), lengths - 1, longest, mask)
+    each = torch.arange(lines.start, lines.stop).view(-1, 1, heads).expand(-1, tokens, -1).flatten()
+    places = positions[:, :, None].expand(-1, -1, heads).flatten()
+    return Batch(first.shelf, at, tokens, lines, each, places, longest, mask)
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from headway.core.drafts import Lookup
 from headway.core.sequence import Finish, Sequence
 from headway.engine.contract import Draw, Drawn, Matcher
 from headway.v1 import common_pb2, kvstore_pb2
@@ -77,6 +78,8 @@ class Active:
     first_token_s: float = 0.0
     # Was passed over by a plan: a sibling may have sealed its prefix meanwhile.
     passed_over: bool = False
+    # Predicts its tokens, where the worker drafts.
+    lookup: Lookup | None = None
     # Its first message (with timings and cache figures) was sent.
     announced: bool = False
 

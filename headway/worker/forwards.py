@@ -140,4 +140,5 @@ class _Guests:
 def _observe(step: Step, seconds: float) -> None:
     prompts = [(item.count, item.start) for item in step.work if not item.sequence.decoding]
     decoding = [item.sequence for item in step.work if item.sequence.decoding]
-    step.timing.observe(ForwardWork(prompts, len(decoding), sum(s.computed for s in decoding)), seconds)
+    drafts = sum(chunk.drafts for chunk in step.chunks)
+    step.timing.observe(ForwardWork(prompts, len(decoding), sum(s.computed for s in decoding), drafts), seconds)

@@ -24,6 +24,7 @@ from headway.worker.active import Active, Interrupt, Phase, Sink
 from headway.worker.attach import Slab
 from headway.worker.convert import failure
 from headway.worker.cores import Share, yield_to_others
+from headway.worker.drafting import Drafting
 from headway.worker.forwards import Done, Forwards, Result, Step
 from headway.worker.leases import Leases
 from headway.worker.lost import check_device
@@ -50,6 +51,7 @@ class EngineLoop:
         acquire_timeout_s: float,
         share: Share | None = None,
         matchers: Matchers | None = None,
+        drafting: Drafting | None = None,
         on_load: Callable[[], None] = lambda: None,
         on_prompt: Callable[[str], None] = lambda router_id: None,
     ) -> None:
@@ -71,7 +73,7 @@ class EngineLoop:
             on_refused=self._fail,
             on_preempt=self._preempt,
         )
-        self.steps = Steps(limits, order, timings, share, self.leases)
+        self.steps = Steps(limits, order, timings, share, self.leases, drafting)
         self._wake = asyncio.Event()
         self._between_steps = asyncio.Event()
         self._between_steps.set()
@@ -272,11 +274,17 @@ class EngineLoop:
 
     def _drawn(self, active: Active, drawn: Drawn) -> None:
         sequence = active.sequence
-        output_index = sequence.output_index
-        sequence.tokens.append(drawn.token_id)
+        first = sequence.output_index == 0
         active.first_token_s = active.first_token_s or time.monotonic()
-        finish = Finish.STOP if drawn.complete else sequence.finish_after(drawn.token_id)
-        active.sink.drawn(active, drawn, output_index, finish)
+        # Those that follow were drawn after drafts that were right; after a stop token nothing counts.
+        for one in (drawn, *drawn.then):
+            sequence.computed = len(sequence.tokens)
+            output_index = sequence.output_index
+            sequence.tokens.append(one.token_id)
+            finish = Finish.STOP if one.complete else sequence.finish_after(one.token_id)
+            active.sink.drawn(active, one, output_index, finish)
+            if finish is not None:
+                break
         if finish is not None:
             self.leases.seal(active, last=True)
             self._end(active)
@@ -287,7 +295,7 @@ class EngineLoop:
         else:
             self.leases.seal(active)
             self.leases.grow(active)
-        if output_index == 0:
+        if first:
             self._tell_siblings(sequence)
 
     def _tell_siblings(self, computed: Sequence) -> None:

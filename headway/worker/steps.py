@@ -18,6 +18,7 @@ from headway.core.timings import Timings
 from headway.engine.contract import Chunk
 from headway.worker.active import Active
 from headway.worker.cores import Share
+from headway.worker.drafting import Drafting
 from headway.worker.forwards import Step
 from headway.worker.leases import Leases
 
@@ -30,10 +31,18 @@ OFFER_EARLY_S = 0.005
 class Steps:
     """Plans steps over the sequences that are runnable; those of a planned step are stepping from then on.
 
-    `share`: of the node's cores; None: the engine's threads are its own affair.
+    `share`: of the node's cores; None: the engine's threads are its own affair. `drafting`: None: there are no drafts.
     """
 
-    def __init__(self, limits: StepLimits, order: Order, timings: Timings, share: Share | None, leases: Leases) -> None:
+    def __init__(
+        self,
+        limits: StepLimits,
+        order: Order,
+        timings: Timings,
+        share: Share | None,
+        leases: Leases,
+        drafting: Drafting | None = None,
+    ) -> None:
         self.order = order
         self.fairness = Fairness()
         # Of the tenants that waited when the last step was planned.
@@ -42,6 +51,7 @@ class Steps:
         self._timings = timings
         self._share = share
         self._leases = leases
+        self._drafting = drafting
         self._tenants: set[str] = set()
         # The forward that runs, if guests may go between its layers; and what became runnable since it was planned.
         self._host: Host[Sequence] | None = None
@@ -156,13 +166,19 @@ class Steps:
         if item.draws and here and self.timing.predictor.prefill_s(item.count, item.start) > OFFER_EARLY_S:
             self._leases.offer_to_joiner(active)
 
+    def _drafts(self, work: list[Work[Sequence]], actives: Actives) -> list[list[int]]:
+        """Of each item. Beside prompts there are none: what the objective between tokens leaves is theirs."""
+        if self._drafting is None or not all(item.sequence.decoding for item in work):
+            return [[] for _ in work]
+        return self._drafting.drafts([actives[item.sequence] for item in work], self.timing)
+
     def _step(self, work: list[Work[Sequence]], actives: Actives, threads: int | None) -> Step:
         chunks = []
-        for item in work:
+        for item, drafts in zip(work, self._drafts(work, actives), strict=True):
             active = actives[item.sequence]
             active.stepping = True
-            tokens = item.sequence.tokens[item.start : item.start + item.count]
+            tokens = [*item.sequence.tokens[item.start : item.start + item.count], *drafts]
             draw = active.draw() if item.draws else None
             named = item.sequence if item.sequence.decoding else None
-            chunks.append(Chunk(tokens, item.start, active.slots, draw, named))
+            chunks.append(Chunk(tokens, item.start, active.slots, draw, named, len(drafts)))
         return Step(work, chunks, threads, self.timing)
