@@ -43,6 +43,11 @@ class WorkerConfig:
     copy_bytes: int = option(
         0, "that K and V of sequences that decode may take beside the slab; 0: as much as the slab"
     )
+    speculate: str = option(
+        "auto",
+        "auto: tokens that an answer will probably repeat are computed ahead where that is measured to pay; off: never",
+        choices=("auto", "off"),
+    )
     max_batch: int = option(64, "sequences in one forward")
     chunk_tokens: int = option(8192, "prompt tokens in one forward, at most")
     chunk_s: float = option(

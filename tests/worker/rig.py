@@ -22,6 +22,7 @@ from headway.engine.simulated import SimulatedEngine, expected_tokens, simulated
 from headway.v1 import common_pb2
 from headway.worker.active import Active
 from headway.worker.cores import Share
+from headway.worker.drafting import Drafting
 from headway.worker.loop import EngineLoop
 from tests.worker.store import LittleStore
 
@@ -106,6 +107,7 @@ class Bench:
         engine: GatedEngine | None = None,
         share: Share | None = None,
         timing: Timing | None = None,
+        drafting: Drafting | None = None,
         folder: Path = Path(),
         slots: int = 64,
     ) -> None:
@@ -118,6 +120,7 @@ class Bench:
             growth_tokens=16,
             acquire_timeout_s=1.0,
             share=share,
+            drafting=drafting,
         )
         self.loop.leases.use(self.store)  # type: ignore[arg-type]
         self.task: asyncio.Task[None] | None = None
