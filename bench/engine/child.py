@@ -2,7 +2,7 @@
 
 python -m bench.engine.child NAME MODEL THREADS
 
-MODEL: a folder, of OpenVINO a folder or a GGUF file. prefill: one prompt of `size` tokens, to its first token.
+MODEL: a folder, of OpenVINO and llama.cpp a GGUF file. prefill: one prompt of `size` tokens, to its first token.
 decode: a step of `size` sequences that have 512 tokens each.
 """
 
@@ -13,24 +13,11 @@ import random
 import statistics
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-CONTEXT = 512
-STEPS = 8
-
-
-class Subject(ABC):
-    """An engine under measurement."""
-
-    @abstractmethod
-    def prefill(self, prompt: list[int]) -> None:
-        """One prompt, from nothing to its first token."""
-
-    @abstractmethod
-    def batch(self, prompts: list[list[int]]) -> Callable[[], None]:
-        """Prefills them; what is returned decodes one token of each."""
+from bench.engine.llamacpp_peer import LlamaCpp
+from bench.engine.subject import CONTEXT, STEPS, Subject
 
 
 class Headway(Subject):
@@ -170,6 +157,7 @@ SUBJECTS: dict[str, Callable[[str, int], Subject]] = {
     "headway-int4": lambda folder, threads: Headway(folder, threads, "int4", "bfloat16"),
     "transformers": Transformers,
     "openvino": OpenVino,
+    "llamacpp": LlamaCpp,
 }
 
 
@@ -197,7 +185,7 @@ def main() -> None:
     name, model, threads = sys.argv[1:]
     subject = SUBJECTS[name](model, int(threads))
     subject.prefill(list(range(100, 164)))
-    print(json.dumps({"ready": True}), flush=True)
+    print(json.dumps({"setting": subject.setting}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         print(json.dumps({"seconds": measure(subject, **asked)}), flush=True)
