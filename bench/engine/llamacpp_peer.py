@@ -31,6 +31,16 @@ class Part(NamedTuple):
     tokens: list[int]
 
 
+def load_model(file: str) -> Any:
+    """Of a GGUF file. Raises RuntimeError where llama.cpp cannot read it."""
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    if model := llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params()):
+        return model
+    raise RuntimeError(f"llama.cpp cannot load {file}")
+
+
 class Context:
     """KV, in float16, of so many sequences of at most `tokens` each. Raises RuntimeError where llama.cpp refuses."""
 
@@ -54,6 +64,9 @@ class Context:
 
     def clear(self) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+
+    def forget(self, sequence: int) -> None:
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), sequence, -1, -1)
 
     def close(self) -> None:
         self._lib.llama_batch_free(self._batch)
@@ -89,13 +102,7 @@ class LlamaCpp(Subject):
     """
 
     def __init__(self, model: str, threads: int) -> None:
-        import llama_cpp
-
-        llama_cpp.llama_backend_init()
-        self._model: Any = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
-        if not self._model:
-            raise RuntimeError(f"llama.cpp cannot load {model}")
-        self._threads = threads
+        self._model, self._threads = load_model(model), threads
         whole = [Setting(flash, ubatch=ubatch) for flash, ubatch in itertools.product((True, False), (512, LONGEST))]
         steps = [Setting(flash, unified=unified) for flash, unified in itertools.product((True, False), repeat=2)]
         self._whole = self._best(whole, 1, LONGEST + 256, lambda context: _time(lambda: context.start([_any(LONGEST)])))

@@ -1,12 +1,14 @@
 """What long prompts do to chats: phases apart on two cores, against one process that does both, on the same two.
 
-python -m bench.interference [--weights float,int4] [--quick] [--openvino-model FILE.gguf --peers-python PYTHON]
+python -m bench.interference [--weights float,int4] [--quick]
+    [--peers-python PYTHON --gguf FILE.gguf]
 
 Four chats (64 tokens in, 128 out, one after the other) alone; with a prompt of 1,500 tokens every 8 s; and with one
 every 2 s, which is more than the machine can compute: what cannot be in time is refused. Apart: one prefill and one
 decode worker, which keeps one core; prompts get what is left. Together: one mixed worker with both cores, in chunks of
-each of several sizes. Alone, for the marks, is the same fleet without long prompts. OpenVINO, where its model is given:
-in chunks of 256, called in its own process. --quick: shorter, two chunk sizes.
+each of several sizes. Alone, for the marks, is the same fleet without long prompts. OpenVINO and llama.cpp, where they
+are installed and the GGUF file is given that the default model was made of: in chunks of 256, called in their own
+processes. --quick: shorter, two chunk sizes.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.engine.peers import Maker, find_peers
 from bench.engine.quality import read_texts
 from bench.interference.load import Load
-from bench.interference.openvino_peer import Asked
+from bench.interference.peer import ENGINES, Asked
 from bench.interference.seen import Seen, figures
 from bench.report import finish, mark, plot_lines, progress
 from headway.fleet import Fleet, FleetSpec
@@ -38,7 +41,8 @@ Table = dict[str, dict[str, Any]]
 Cases = dict[str, tuple[float | None, float]]
 # Seconds between long prompts, seconds of load.
 CASES: Cases = {"alone": (None, 15.0), "every 8 s": (8.0, 42.0), "every 2 s": (2.0, 16.0)}
-QUICK_S, QUICK_CHUNKS = 12.0, (64, 256)
+QUICK_CASES: Cases = {case: (every_s, min(seconds, 12.0)) for case, (every_s, seconds) in CASES.items()}
+QUICK_CHUNKS = (64, 256)
 ITL_S = {"float": 0.15, "bfloat16": 0.1, "int8": 0.1, "int4": 0.1}
 NO_BOUND, NO_OBJECTIVE = "1000", ("--itl-objective-s", "0")
 
@@ -94,16 +98,19 @@ def plot(weights: str, apart: Sequence[Seen], together: Sequence[Seen]) -> None:
     plot_lines(f"interference-{weights}", f"gaps between a chat's tokens, {weights}", "s", "ms", lines)
 
 
-def openvino(python: str, model: Path) -> dict[str, Any]:
-    """case → figures, of the peer; its weights are those of the GGUF file."""
-    found = {}
-    for case, (every_s, seconds) in CASES.items():
-        asked = Asked(str(model), os.cpu_count() or 1, 256, text_ids(), every_s, seconds)
-        command = [python, "-m", "bench.interference.openvino_peer"]
-        done = subprocess.run(command, input=json.dumps(asdict(asked)), stdout=subprocess.PIPE, text=True, check=True)
-        seen = [Seen(**one) for one in json.loads(done.stdout.splitlines()[-1])]
-        found[case] = figures(seen, seconds, ITL_S["int4"])
-        progress(f"openvino {case:10s} {found[case]}")
+def measure_peer(name: str, maker: Maker, cases: Cases) -> dict[str, Any]:
+    """case → figures, or why there are none; its weights are those of the GGUF file."""
+    found: dict[str, Any] = {}
+    for case, (every_s, seconds) in cases.items():
+        asked = Asked(maker.model, os.cpu_count() or 1, 256, text_ids(), every_s, seconds)
+        command = [maker.python, "-m", "bench.interference.peer", name]
+        done = subprocess.run(command, input=json.dumps(asdict(asked)), stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            found[case] = {"failed": f"{' '.join(command)} ended with {done.returncode}"}
+        else:
+            seen = [Seen(**one) for one in json.loads(done.stdout.splitlines()[-1])]
+            found[case] = figures(seen, seconds, ITL_S["int4"])
+        progress(f"{name} {case:10s} {found[case]}")
     return found
 
 
@@ -121,9 +128,7 @@ def run(
         if names and name not in names:
             continue
         progress(f"{weights}, {name}")
-        cases = {
-            case: (every_s, min(seconds, QUICK_S) if quick else seconds) for case, (every_s, seconds) in CASES.items()
-        }
+        cases = QUICK_CASES if quick else CASES
         seen[name] = measure(runner, spec, cases, ITL_S[weights])
         table[name] = {case: figures(of, cases[case][1], ITL_S[weights]) for case, of in seen[name].items()}
     if not {APART, TOGETHER} <= table.keys():
@@ -137,17 +142,21 @@ def main() -> None:
     parser.add_argument("--weights", default="float,int4", help="separated by commas")
     parser.add_argument("--only", default="", help="fleets, separated by commas")
     parser.add_argument("--peers-python", default=os.environ.get("HEADWAY_PEERS_PYTHON", sys.executable))
-    parser.add_argument("--openvino-model", type=Path, help="GGUF file, or a folder of its own format")
+    parser.add_argument("--gguf", type=Path, help=f"of the peers: {', '.join(ENGINES)}")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
+    if arguments.gguf and not arguments.gguf.is_file():
+        parser.error(f"there is no file {arguments.gguf}")
+    peers = find_peers(ENGINES, resolve(MODEL), arguments.peers_python, arguments.gguf)
+    progress(f"peers: {peers.said}")
     names = [name for name in arguments.only.split(",") if name]
-    result: dict[str, Any] = {"quick": arguments.quick, "marks": {}}
+    result: dict[str, Any] = {"quick": arguments.quick, "peers": peers.said, "marks": {}}
     with asyncio.Runner() as runner:
         for weights in arguments.weights.split(","):
             result[weights], held = run(runner, weights, names, quick=arguments.quick)
             result["marks"] |= held
-    if arguments.openvino_model:
-        result["openvino"] = openvino(arguments.peers_python, arguments.openvino_model)
+    cases = QUICK_CASES if arguments.quick else CASES
+    result |= {name: measure_peer(name, maker, cases) for name, maker in peers.makers.items()}
     finish("interference", result)
 
 
