@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from headway.core.sampling import Sampling
+from headway.engine.contract import Chunk, Draw
 from headway.engine.load import load_engine
+from headway.engine.model import TorchEngine
+from headway.engine.sampling_device import prepare
 from tests.engine.drive import Driver
 from tests.engine.test_families import LENGTHS, NEW
 from tests.engine.tiny import FAMILIES, VOCABULARY, save_model, stock_model
@@ -51,6 +54,41 @@ def test_a_seed_draws_the_same_as_on_the_cpu(tmp_path: Path) -> None:
     # A draw that falls on a border may fall either way by rounding.
     same = sum(a == b for pair in zip(*outputs, strict=True) for a, b in zip(*pair, strict=True))
     assert same >= 0.9 * 4 * NEW
+
+
+def test_decode_steps_are_recorded_and_read_the_slab_in_place(tmp_path: Path) -> None:
+    engine = load_engine(str(save_model(tmp_path / "llama", FAMILIES["llama"]())), device=GPU)
+    assert isinstance(engine, TorchEngine)
+    steps = engine.steps
+    assert steps is not None
+    assert steps.graphs is not None
+    assert steps.reader.name != "gather"
+    driver = Driver(engine, 200, device=GPU)
+    driver.run([driver.start(prompt, NEW) for prompt in some_prompts()], NEW, itertools.repeat(1 << 30))
+    assert steps.graphs.refused is None
+    assert len(steps.graphs) > 0
+
+
+def test_the_host_waits_for_nothing_within_a_step(tmp_path: Path) -> None:
+    engine = load_engine(str(save_model(tmp_path / "llama", FAMILIES["llama"]())), dtype="bfloat16", device=GPU)
+    assert isinstance(engine, TorchEngine)
+    driver = Driver(engine, 200, device=GPU)
+    sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=5, frequency_penalty=0.3)
+    running = [driver.start(prompt, NEW, sampling=sampling) for prompt in some_prompts()[:4]]
+    driver.run(running, 6, itertools.repeat(1 << 30))
+    assert engine.steps is not None
+    assert engine._pages is not None
+    draw = Draw(sampling, 6, 0, (1, 2, 3), 1, 2)
+    for tokens in ([5], [5, 6, 7]):
+        chunks = [Chunk(tokens, at.computed, at.table, draw) for at in running]
+        prepared = prepare([draw] * len(chunks), VOCABULARY)
+        engine.steps.launch(engine._pages, chunks, prepared)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            engine.steps.launch(engine._pages, chunks, prepared)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
