@@ -1,9 +1,9 @@
-"""Drafts from what a sequence has: tokens a second with and without, in turns, where text repeats and where it does not.
+"""Drafts from what a sequence has: tokens a second with and without, in turns, where text repeats and where not.
 
 python -m bench.speculation [--model NAME] [--threads N] [--repeats N] [--tokens N]
 
-The engine alone, with the worker's own policy: prompts are computed, then steps are timed. `rewrite`: the prompt holds a
-text, and asks to write it out again; greedy. `chat`: short questions, drawn with temperature 0.7.
+The engine alone, with the worker's own policy: prompts are computed, then steps are timed. `rewrite`: the prompt holds
+a text, and asks to write it out again; greedy. `chat`: short questions, drawn with temperature 0.7.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ from headway.worker.drafting import Drafting
 from headway.worker.measure import measure
 
 BATCHES = (1, 4, 8)
-TOPICS = ("the harbour", "the old library", "a mountain village", "the night train", "a market", "the river", "bees", "rain")
+TOPICS = (
+    "the harbour",
+    "the old library",
+    "a mountain village",
+    "the night train",
+    "a market",
+    "the river",
+    "bees",
+    "rain",
+)
 TEXT = (
     "Early in the morning, long before the first visitors came, somebody opened the windows of {0} and looked outside. "
     "Nothing had changed since the week before: the same three chairs, a table, and a letter that nobody had read. "

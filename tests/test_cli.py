@@ -134,7 +134,9 @@ def test_pace() -> None:
     pace.push(TextDelta(0, "no token", ()))
     assert (pace.ttft_s, pace.gaps_s) == (1.0, [0.5, 0.5, 0.5])
     assert pace.summary() == "unfinished"
-    pace.push(Finished(0, "stop", Usage(3, 1, 2, 4, 0, 0), Timings(0, 0, 0, 0, 0, 0, 0, 0), "m0", "m0", 1, "", None))
+    pace.push(
+        Finished(0, "stop", Usage(3, 1, 2, 4, 0, 0, 0, 0), Timings(0, 0, 0, 0, 0, 0, 0, 0), "m0", "m0", 1, "", None)
+    )
     assert "TTFT 1000.0 ms · ITL p50 500.0 ms p99 500.0 ms · prompt 1 cached + 2 computed · m0 ·" in pace.summary()
     assert pace.summary().endswith("1 replays")
 

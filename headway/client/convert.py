@@ -99,7 +99,14 @@ def _finished(choice: int, finished: router_pb2.Finished) -> Finished:
         choice=choice,
         reason=_short(common_pb2.FinishReason.Name(finished.reason), "FINISH_REASON_"),
         usage=Usage(
-            u.prompt_tokens, u.cached_tokens, u.computed_tokens, u.output_tokens, u.handoff_bytes, u.working_copy_bytes
+            u.prompt_tokens,
+            u.cached_tokens,
+            u.computed_tokens,
+            u.output_tokens,
+            u.handoff_bytes,
+            u.working_copy_bytes,
+            u.drafted_tokens,
+            u.accepted_tokens,
         ),
         timings=Timings(
             t.queue_s, t.prefill_s, t.handoff_s, t.ttft_s, t.total_s, t.route_s, t.prefilled_at_s, t.joined_at_s

@@ -42,6 +42,8 @@ class Usage:
     output_tokens: int
     handoff_bytes: int
     working_copy_bytes: int
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

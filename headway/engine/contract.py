@@ -95,14 +95,14 @@ class Chunk:
         constraint leaves nothing after drafts that were right, they are kept, and the next step says so.
         """
         first, guessed = drawn[0], self.tokens[len(self.tokens) - self.drafts :]
-        if isinstance(first, ConstraintError):
+        if isinstance(first, ConstraintError) or not self.drafts:
             return first
         kept = [first]
         for draft, following in zip(guessed, drawn[1:], strict=True):
             if kept[-1].token_id != draft or isinstance(following, ConstraintError):
                 break
             kept.append(following)
-        return replace(first, then=tuple(kept[1:])) if len(kept) > 1 else first
+        return replace(first, drafted=self.drafts, then=tuple(kept[1:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +110,8 @@ class Drawn:
     """A drawn token; log probabilities are of the distribution before temperature, truncation and constraint.
 
     copied_bytes: K and V that were copied for this step, so that attention reads them in one piece.
-    complete: the constraint allows nothing more. then: tokens that were drawn after it in the same forward, because it
-        and those before were among the drafts.
+    complete: the constraint allows nothing more. drafted: drafts that its chunk had. then: what was drawn after it in
+        the same forward, one token for each draft that was right.
     """
 
     token_id: int
@@ -119,6 +119,7 @@ class Drawn:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     copied_bytes: int = 0
     complete: bool = False
+    drafted: int = 0
     then: tuple[Drawn, ...] = ()
 
 

@@ -16,8 +16,8 @@ from headway.engine.working import Copies, Step, shelved
 def plan_cpu(pages: Pages, chunks: Sequence[Chunk], copies: Copies) -> Plan:
     """Where each row's K and V go and what it may see; made once a forward, used by every layer.
 
-    Steps (one token, and drafts after it) of sequences that have a name attend to working copies. Raises ValueError where a chunk is empty or
-    its block table too short or outside the slab.
+    Steps (one token, and drafts after it) of sequences that have a name attend to working copies. Raises ValueError
+    where a chunk is empty or its block table too short or outside the slab.
     """
     spans: list[Span] = []
     runs: list[Run] = []

@@ -69,8 +69,8 @@ class Copy:
 
 
 class Step(NamedTuple):
-    """A sequence's next `count` tokens, the drafts among them: the first one's row of the pack, the sequence's copy, and
-    how many tokens the last one sees with itself.
+    """A sequence's next token and the drafts after it, `count` in all: the first one's row of the pack, the sequence's
+    copy, and how many tokens the last one sees with itself.
     """
 
     row: int

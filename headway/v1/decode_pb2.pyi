@@ -228,6 +228,8 @@ class DecodeTokens(_message.Message):
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     WORKING_COPY_BYTES_FIELD_NUMBER: _builtins.int
     PULLED_BYTES_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     finish_reason: _common_pb2.FinishReason.ValueType
     """Set on the last message of the sequence."""
     cached_tokens: _builtins.int
@@ -236,6 +238,9 @@ class DecodeTokens(_message.Message):
     """KV bytes that the engine copied for these tokens' step; at a sequence's first step here, and when it outgrows its copy."""
     pulled_bytes: _builtins.int
     """On the first message: KV bytes that came from another node."""
+    drafted_tokens: _builtins.int
+    """Of the step: drafts that were computed ahead, and those of them that were right."""
+    accepted_tokens: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]: ...
     @_builtins.property
@@ -252,10 +257,12 @@ class DecodeTokens(_message.Message):
         computed_tokens: _builtins.int | None = ...,
         working_copy_bytes: _builtins.int = ...,
         pulled_bytes: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "finish_reason", b"finish_reason", "pulled_bytes", b"pulled_bytes", "timings", b"timings", "tokens", b"tokens", "working_copy_bytes", b"working_copy_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "accepted_tokens", b"accepted_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "drafted_tokens", b"drafted_tokens", "finish_reason", b"finish_reason", "pulled_bytes", b"pulled_bytes", "timings", b"timings", "tokens", b"tokens", "working_copy_bytes", b"working_copy_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015

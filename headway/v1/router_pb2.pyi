@@ -374,6 +374,8 @@ class Usage(_message.Message):
     HANDOFF_BYTES_FIELD_NUMBER: _builtins.int
     WORKING_COPY_BYTES_FIELD_NUMBER: _builtins.int
     PULLED_BYTES_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
     """Of the prompt: found in the cache, and computed."""
@@ -385,6 +387,9 @@ class Usage(_message.Message):
     """KV bytes that the decode engine copied for its own working copy."""
     pulled_bytes: _builtins.int
     """KV bytes of the prompt's prefix that were fetched from another node."""
+    drafted_tokens: _builtins.int
+    """Tokens that the decode engine guessed and computed ahead, and those of them that were right and came sooner."""
+    accepted_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -395,10 +400,12 @@ class Usage(_message.Message):
         handoff_bytes: _builtins.int = ...,
         working_copy_bytes: _builtins.int = ...,
         pulled_bytes: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "handoff_bytes", b"handoff_bytes", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "pulled_bytes", b"pulled_bytes", "working_copy_bytes", b"working_copy_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "drafted_tokens", b"drafted_tokens", "handoff_bytes", b"handoff_bytes", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "pulled_bytes", b"pulled_bytes", "working_copy_bytes", b"working_copy_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -111,6 +111,7 @@ class DecodeRun:
         sequence = active.sequence
         tokens = decode_pb2.DecodeTokens(tokens=[token_to_proto(drawn, output_index)], finish_reason=FINISH[finish])
         tokens.working_copy_bytes = drawn.copied_bytes
+        tokens.drafted_tokens, tokens.accepted_tokens = drawn.drafted, len(drawn.then)
         if not active.announced:
             active.announced = True
             tokens.pulled_bytes = active.pulled_bytes

@@ -198,6 +198,8 @@ class Choice:
         else:
             finished.usage.handoff_bytes += tokens.pulled_bytes
         finished.usage.working_copy_bytes += tokens.working_copy_bytes
+        finished.usage.drafted_tokens += tokens.drafted_tokens
+        finished.usage.accepted_tokens += tokens.accepted_tokens
         last = len(tokens.tokens) - 1
         for at, token in enumerate(tokens.tokens):
             reason = tokens.finish_reason if at == last else common_pb2.FINISH_REASON_UNSPECIFIED

@@ -126,7 +126,7 @@ def test_after_a_draft_that_was_wrong_its_copy_is_not_made_again(engine: Engine)
     copied = []
     for right in (2, 0, 3, 1):
         done = len(at.outputs)
-        drafts = list(answers[3][done : done + right]) + [(answers[3][done + right] + 1) % VOCABULARY]
+        drafts = [*answers[3][done : done + right], (answers[3][done + right] + 1) % VOCABULARY]
         draw = Draw(at.sampling, done)
         (drawn,) = engine.forward([Chunk([at.tokens[-1], *drafts], at.computed, at.table, draw, at, len(drafts))])
         assert drawn is not None
