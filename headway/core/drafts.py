@@ -14,7 +14,7 @@ from heapq import heapify, heappop, heappush
 ENDINGS = (4, 3, 2)
 # Places that one sequence's tables have room for: three tables of 64 KiB at most.
 MOST_PLACES, LEAST_PLACES = 1 << 14, 1 << 8
-# Tokens taken into the tables at once (half a millisecond); those of a long prompt, over several steps.
+# Tokens taken into the tables at once (a millisecond); those of a long prompt, over several steps.
 AT_ONCE = 256
 # In one step, of one sequence.
 MOST_DRAFTS = 12

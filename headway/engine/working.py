@@ -69,14 +69,14 @@ class Copy:
 
 
 class Step(NamedTuple):
-    """A sequence's next token and the drafts after it, `count` in all: the first one's row of the pack, the sequence's
+    """A sequence's next token and the drafts after it, `tokens` in all: the first one's row of the pack, the sequence's
     copy, and how many tokens the last one sees with itself.
     """
 
     row: int
     copy: Copy
     length: int
-    count: int = 1
+    tokens: int = 1
 
 
 @dataclass
@@ -171,15 +171,15 @@ class Copies:
 
 
 class Batch(NamedTuple):
-    """n sequences in consecutive rows of a shelf that take a step of `count` tokens each. rows: see pages.Batch.
+    """n sequences in consecutive rows of a shelf that take a step of `tokens` tokens each. rows: see pages.Batch.
 
-    Their heads are n · kv_heads lines of the shelf, `lines`. each, positions: int64 [n · count · kv_heads], the line,
-    and the place there, of each new token's heads. mask: [1 or n · kv_heads, count, 1 or longest], 0 or −inf.
+    Their heads are n · kv_heads lines of the shelf, `lines`. each, positions: int64 [n · tokens · kv_heads], the line,
+    and the place there, of each new token's heads. mask: [1 or n · kv_heads, tokens, 1 or longest], 0 or −inf.
     """
 
     shelf: Shelf
     rows: torch.Tensor | None
-    count: int
+    tokens: int
     lines: slice
     each: torch.Tensor
     positions: torch.Tensor
@@ -196,20 +196,20 @@ class Batch(NamedTuple):
         keys[self.each, :, self.positions] = new[:, 0].reshape(-1, dim)
         values[self.each, self.positions] = new[:, 1].reshape(-1, dim)
         keys, values = keys[self.lines, :, : self.longest], values[self.lines, : self.longest]
-        if self.count == 1:
+        if self.tokens == 1:
             # The query heads that share a KV head are the rows.
             grouped = query.reshape(lines, -1, dim)
             scores = torch.baddbmm(self.mask, grouped, keys, alpha=scaling or dim**-0.5)
         else:
-            by_token = query.view(-1, self.count, kv_heads, heads // kv_heads, dim)
+            by_token = query.view(-1, self.tokens, kv_heads, heads // kv_heads, dim)
             grouped = by_token.transpose(1, 2).reshape(lines, -1, dim)
             scores = torch.bmm(grouped, keys).mul_(scaling or dim**-0.5)
-            scores.view(lines, self.count, -1, self.longest).add_(self.mask[:, :, None])
+            scores.view(lines, self.tokens, -1, self.longest).add_(self.mask[:, :, None])
         shares = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
         seen = torch.bmm(shares, values)
-        if self.count == 1:
+        if self.tokens == 1:
             return seen.view(-1, heads, dim)
-        by_head = seen.view(-1, kv_heads, self.count, heads // kv_heads, dim)
+        by_head = seen.view(-1, kv_heads, self.tokens, heads // kv_heads, dim)
         return by_head.transpose(1, 2).reshape(-1, heads, dim)
 
 
@@ -218,7 +218,7 @@ def shelved(steps: Sequence[Step], rows: int) -> list[Batch]:
     runs: list[list[Step]] = []
     for step in sorted(steps, key=lambda step: (id(step.copy.shelf), step.copy.row)):
         last = runs[-1][-1] if runs else None
-        before = last.copy if last and last.count == step.count else None
+        before = last.copy if last and last.tokens == step.tokens else None
         if before and before.shelf is step.copy.shelf and before.row + 1 == step.copy.row:
             runs[-1].append(step)
         else:
@@ -229,7 +229,7 @@ def shelved(steps: Sequence[Step], rows: int) -> list[Batch]:
 def _batch(steps: list[Step], count: int) -> Batch:
     first, last = steps[0].copy, steps[-1].copy
     heads, dtype = first.shelf.heads, first.shelf.keys[0].dtype
-    tokens = steps[0].count
+    tokens = steps[0].tokens
     lengths = torch.tensor([step.length for step in steps])
     longest, mask = int(lengths.max()), torch.zeros(1, 1, 1, dtype=dtype)
     # int64 [sequences, tokens]: of each new token.
