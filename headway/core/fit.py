@@ -27,6 +27,8 @@ RIDGE = 1e-6
 
 # What a draft adds to a step, in times of what one sequence more adds, is within these.
 LEAST_DRAFT, MOST_DRAFT = 1 / 8, 8.0
+# One sequence more adds at least this to a step of one, whatever the fit says.
+LEAST_ROW = 1 / 32
 
 Features = tuple[float, float, float]
 State = list[float]
@@ -200,7 +202,12 @@ class Timing:
     @property
     def draft_s(self) -> float:
         """Seconds that a draft adds to a step."""
-        return self.draft.seconds(self.predictor.step[1])
+        return self.draft.seconds(self._row_s)
+
+    @property
+    def _row_s(self) -> float:
+        """That one sequence more adds to a step; the fit may put all of it into the other coefficients."""
+        return max(self.predictor.step[1], LEAST_ROW * self.predictor.step_s(1, 0))
 
     def observe(self, work: ForwardWork, seconds: float) -> None:
         """A forward took `seconds`. One of prompts and steps together is split by what the steps should take.
@@ -213,7 +220,7 @@ class Timing:
                 self.prefill.observe(prefill_features(work.prompts), seconds - step_s)
         elif work.drafts:
             more_s = seconds - self.predictor.step_s(work.batch, work.kv_tokens)
-            self.draft.observe(work.drafts, more_s, self.predictor.step[1])
+            self.draft.observe(work.drafts, more_s, self._row_s)
         elif work.batch:
             self.draft.fade()
             self.step.observe((1.0, work.batch, work.kv_tokens), seconds)

@@ -171,10 +171,12 @@ class Copies:
 
 
 class Batch(NamedTuple):
-    """n sequences in consecutive rows of a shelf that take a step of `tokens` tokens each. rows: see pages.Batch.
+    """n sequences in consecutive rows of a shelf that take a step, of at most `tokens` tokens. rows: see pages.Batch.
 
-    Their heads are n · kv_heads lines of the shelf, `lines`. each, positions: int64 [n · tokens · kv_heads], the line,
+    Their heads are n · kv_heads lines of the shelf, `lines`. each, positions: int64 [len(rows) · kv_heads], the line,
     and the place there, of each new token's heads. mask: [1 or n · kv_heads, tokens, 1 or longest], 0 or −inf.
+    grid: where not all have as many tokens, which of `rows` stand in n · tokens places, a sequence's last one repeated,
+    and in which of these places each row is found.
     """
 
     shelf: Shelf
@@ -185,6 +187,7 @@ class Batch(NamedTuple):
     positions: torch.Tensor
     longest: int
     mask: torch.Tensor
+    grid: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def attend(self, layer: int, query: torch.Tensor, new: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """See pages.Batch."""
@@ -201,6 +204,8 @@ class Batch(NamedTuple):
             grouped = query.reshape(lines, -1, dim)
             scores = torch.baddbmm(self.mask, grouped, keys, alpha=scaling or dim**-0.5)
         else:
+            if self.grid:
+                query = query[self.grid[0]]
             by_token = query.view(-1, self.tokens, kv_heads, heads // kv_heads, dim)
             grouped = by_token.transpose(1, 2).reshape(lines, -1, dim)
             scores = torch.bmm(grouped, keys).mul_(scaling or dim**-0.5)
@@ -210,15 +215,15 @@ class Batch(NamedTuple):
         if self.tokens == 1:
             return seen.view(-1, heads, dim)
         by_head = seen.view(-1, kv_heads, self.tokens, heads // kv_heads, dim)
-        return by_head.transpose(1, 2).reshape(-1, heads, dim)
+        found = by_head.transpose(1, 2).reshape(-1, heads, dim)
+        return found[self.grid[1]] if self.grid else found
 
 
 def shelved(steps: Sequence[Step], rows: int) -> list[Batch]:
-    """One for each run of consecutive rows of a shelf with as many tokens each; the pack has so many `rows`."""
+    """One for each run of consecutive rows of a shelf; the pack has so many `rows`."""
     runs: list[list[Step]] = []
     for step in sorted(steps, key=lambda step: (id(step.copy.shelf), step.copy.row)):
-        last = runs[-1][-1] if runs else None
-        before = last.copy if last and last.tokens == step.tokens else None
+        before = runs[-1][-1].copy if runs else None
         if before and before.shelf is step.copy.shelf and before.row + 1 == step.copy.row:
             runs[-1].append(step)
         else:
@@ -229,20 +234,24 @@ def shelved(steps: Sequence[Step], rows: int) -> list[Batch]:
 def _batch(steps: list[Step], count: int) -> Batch:
     first, last = steps[0].copy, steps[-1].copy
     heads, dtype = first.shelf.heads, first.shelf.keys[0].dtype
-    tokens = steps[0].tokens
-    lengths = torch.tensor([step.length for step in steps])
-    longest, mask = int(lengths.max()), torch.zeros(1, 1, 1, dtype=dtype)
-    # int64 [sequences, tokens]: of each new token.
-    positions = lengths[:, None] - torch.arange(tokens, 0, -1)
+    lengths, counts = (torch.tensor([step[part] for step in steps])[:, None] for part in (2, 3))
+    longest, tokens, mask = int(lengths.max()), int(counts.max()), torch.zeros(1, 1, 1, dtype=dtype)
+    ahead = torch.minimum(torch.arange(tokens), counts - 1)
+    # int64 [sequences, tokens]: of each new token, and of a sequence's last one again where others have more.
+    positions = lengths - counts + ahead
     if tokens > 1 or int(lengths.min()) < longest:
         unseen = torch.arange(longest) > positions[:, :, None]
         mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf).repeat_interleave(heads, 0)
-    rows = [row for step in steps for row in range(step.row, step.row + tokens)]
+    grid, own = None, torch.arange(tokens) < counts
+    if not bool(own.all()):
+        before = counts.cumsum(0) - counts
+        grid = (before + ahead).flatten(), own.flatten().nonzero().flatten()
+    rows = [row for step in steps for row in range(step.row, step.row + step.tokens)]
     at = None if rows == list(range(count)) else torch.tensor(rows)
     lines = slice(first.row * heads, (last.row + 1) * heads)
-    each = torch.arange(lines.start, lines.stop).view(-1, 1, heads).expand(-1, tokens, -1).flatten()
-    places = positions[:, :, None].expand(-1, -1, heads).flatten()
-    return Batch(first.shelf, at, tokens, lines, each, places, longest, mask)
+    each = torch.arange(lines.start, lines.stop).view(-1, 1, heads).expand(-1, tokens, -1)[own].flatten()
+    places = positions[own].repeat_interleave(heads)
+    return Batch(first.shelf, at, tokens, lines, each, places, longest, mask, grid)
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headway.core import drafts
 from headway.core.drafts import ENDINGS, MOST_DRAFTS, Acceptance, Lookup, share_drafts
-from headway.core.fit import DraftCost
+from headway.core.fit import DraftCost, ForwardWork, Timing
 
 TOKENS = st.lists(st.integers(0, 3), max_size=60)
 
@@ -179,3 +179,14 @@ def test_what_a_draft_costs_is_measured_and_forgotten_where_none_are_tried() -> 
     for _ in range(2000):
         cost.observe(4, -0.01, 0.002)
     assert cost.seconds(0.002) == 0.002 / 8
+
+
+def test_steps_with_drafts_say_what_drafts_cost_and_nothing_of_steps_without() -> None:
+    for step in ((0.02, 0.002, 0.0), (0.02, 0.0, 0.0)):
+        timing = Timing(step=step)
+        before = timing.predictor
+        for _ in range(300):
+            timing.observe(ForwardWork((), 2, 100, 6), timing.predictor.step_s(2, 100) + 6 * 0.004)
+        assert 0.0035 < timing.draft_s <= 0.004
+        assert timing.predictor == before
+        assert timing.step.count == 0
