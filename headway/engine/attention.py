@@ -56,21 +56,22 @@ def attend(plan: Plan, layer: int, query: torch.Tensor, new: torch.Tensor, scali
     if layer and plan.between is not None:
         plan.between()
     pages, shape = plan.pages, query.shape
-    query, new = query[: plan.rows].to(pages.dtype), new[: plan.rows].to(pages.dtype)
+    if plan.rows < len(query):
+        query, new = query[: plan.rows], new[: plan.rows]
+    query, new = query.to(pages.dtype), new.to(pages.dtype)
     new = plan.store(layer, new)
     if len(plan.batches) == 1 and plan.batches[0].rows is None and plan.rows == shape[0]:
         return plan.batches[0].attend(layer, query, new, scaling)
     out = query.new_empty(shape)
     out[plan.rows :] = 0
     by_head, k_new, v_new = query.transpose(0, 1), new[:, 0].transpose(0, 1), new[:, 1].transpose(0, 1)
-    half = pages.dtype == torch.bfloat16 and pages.device.type == "cpu"
     for span in plan.spans:
         rows = slice(span.start, span.stop)
         if span.cold:
             k, v = k_new[:, rows], v_new[:, rows]
         else:
             k, v = (part.transpose(0, 1) for part in pages.gather(layer, span.blocks, span.length))
-        seen = _attend_half if half and span.stop - span.start > 1 else _attend
+        seen = _attend_half if pages.plain_products and span.stop - span.start > 1 else _attend
         out[rows] = seen(by_head[:, rows], k, v, span, scaling).transpose(0, 1)
     for batch in plan.batches:
         out[slice(plan.rows) if batch.rows is None else batch.rows] = batch.attend(layer, query, new, scaling)

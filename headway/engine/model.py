@@ -12,6 +12,7 @@ from headway.core.sampling import ConstraintError
 from headway.engine.contract import Chunk, DeviceLost, Drawn, SlabArray
 from headway.engine.errors import ModelError
 from headway.engine.graphs import CudaRecorder, Graphs
+from headway.engine.memory import available_bytes
 from headway.engine.pack import pack
 from headway.engine.paged import Reader
 from headway.engine.pages import Pages
@@ -21,6 +22,8 @@ from headway.engine.sampling import draw_rows
 from headway.engine.steps_device import DeviceSteps, Forward
 from headway.engine.working import Copies
 
+# What working copies leave of the memory that the machine can give: for a forward's own, and for others.
+RESERVE_BYTES = 512 << 20
 # Packs of more rows are filled up by at most an eighth.
 EXACT_ROWS = 16
 
@@ -31,8 +34,8 @@ class TorchEngine:
     def __init__(
         self, model: Forward, card: ModelCard, device: torch.device, copy_bytes: int = 0, reader: Reader = GATHER
     ) -> None:
-        """copy_bytes: that working copies may take beside the slab, on a CPU; 0: as many as the slab has. reader: how
-        attention reads the slab on a device that is none.
+        """copy_bytes: that working copies may take beside the slab, on a CPU; 0: as many as the slab has, of what the
+        machine can give without its last RESERVE_BYTES. reader: how attention reads the slab on a device that is none.
         """
         self.card = card
         # On a device; a CPU's forwards are this file's.
@@ -50,8 +53,10 @@ class TorchEngine:
         self.unbind()
         self._pages = Pages(slab, self.card.kv_format, self.device)
         if self.device.type == "cpu":
-            most = self._copy_bytes or self._pages.slots * self.card.kv_format.slot_bytes
-            self._copies = Copies(self._pages, most // self._pages.token_bytes)
+            if self._copy_bytes:
+                self._copies = Copies(self._pages, self._copy_bytes)
+            else:
+                self._copies = Copies(self._pages, self._pages.slots * self.card.kv_format.slot_bytes, _spare_bytes)
 
     def unbind(self) -> None:
         """Drop every view of the slab, so that it can be unmapped."""
@@ -143,6 +148,10 @@ class TorchEngine:
 
 def _graphs(device: torch.device) -> Graphs | None:
     return Graphs(CudaRecorder(device), device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+def _spare_bytes() -> int:
+    return available_bytes() - RESERVE_BYTES
 
 
 def _check_works(device: torch.device, error: Exception) -> None:

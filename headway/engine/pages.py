@@ -26,7 +26,7 @@ class Pages:
 
     pairs[i] is layer i, a view [slots, 2 (K, V), block_size, kv_heads, head_dim] in the format's dtype. Of int8, scales
     follow all layers' numbers: scales[i], float32 [slots, 2, block_size, kv_heads], one for each token and head.
-    dtype: of what attention reads; float32 for int8.
+    dtype: of what attention reads; float32 for int8. plain_products: whether chunks attend by these (see attention.py).
     """
 
     def __init__(self, slab: SlabArray, kv_format: KvFormat, device: torch.device) -> None:
@@ -44,6 +44,7 @@ class Pages:
             raise ValueError(f"the slab has {bytes_.shape[1]} bytes a slot, the KV format needs {kv_format.slot_bytes}")
         self.device = device
         self.dtype = torch.float32 if stored == torch.int8 else stored
+        self.plain_products = self.dtype == torch.bfloat16 and device.type == "cpu"
         self.slots: int = bytes_.shape[0]
         self.block_size = kv_format.block_size
         self.heads = group.kv_heads
@@ -189,6 +190,15 @@ def checked_blocks(pages: Pages, chunk: Chunk) -> npt.NDArray[np.int64]:
     if blocks.min() < 0 or blocks.max() >= pages.slots:
         raise ValueError(f"a block table names a slot outside the slab of {pages.slots}")
     return blocks
+
+
+def checked_slot(pages: Pages, chunk: Chunk) -> int:
+    """That of the chunk's last token; the same refusals, of this slot alone."""
+    last = (chunk.position + len(chunk.tokens) - 1) // pages.block_size
+    if chunk.position < 0 or last >= len(chunk.slots) or not 0 <= (slot := int(chunk.slots[last])) < pages.slots:
+        checked_blocks(pages, chunk)
+        raise ValueError(f"a block table names a slot outside the slab of {pages.slots}")
+    return slot
 
 
 def causal_mask(count: int, position: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from headway.engine.contract import Chunk
-from headway.engine.pages import Pages, Piece, Plan, Run, Span, causal_mask, checked_blocks
-from headway.engine.working import Copies, Step, shelved
+from headway.engine.pages import Pages, Piece, Plan, Run, Span, causal_mask, checked_blocks, checked_slot
+from headway.engine.together import Step
+from headway.engine.working import Copies
 
 
 def plan_cpu(pages: Pages, chunks: Sequence[Chunk], copies: Copies) -> Plan:
@@ -28,24 +30,37 @@ def plan_cpu(pages: Pages, chunks: Sequence[Chunk], copies: Copies) -> Plan:
     copies.clean()
     for chunk in chunks:
         count, position = len(chunk.tokens), chunk.position
-        blocks = checked_blocks(pages, chunk)
-        is_step = count == 1 + chunk.drafts
-        if is_step:
+        step, is_step = None, count == 1 + chunk.drafts
+        if count == 1:
+            steps.append((row, checked_slot(pages, chunk), position % pages.block_size))
+        elif is_step:
+            blocks = checked_blocks(pages, chunk)
             places = (divmod(place, pages.block_size) for place in range(position, position + count))
             steps += [(row + at, int(blocks[block]), offset) for at, (block, offset) in enumerate(places)]
-        else:
-            _split(pages.block_size, row, position, count, blocks, runs, pieces)
-        table = torch.from_numpy(blocks)
-        step = copies.step(chunk.sequence, row, position, table, count) if is_step else None
+        if is_step:
+            step = copies.step(chunk.sequence, row, position, partial(_table, pages, chunk), count)
         if step is not None:
             copied.append(step)
         else:
-            mask = causal_mask(count, position, pages.dtype, pages.device) if count > 1 and position > 0 else None
-            spans.append(Span(row, row + count, position + count, table, mask))
+            spans.append(_span(pages, chunk, row))
+        if not is_step:
+            _split(pages.block_size, row, position, count, spans[-1].blocks.numpy(), runs, pieces)
         row += count
     rows, slots, offsets = torch.tensor(steps, dtype=torch.int64).view(-1, 3).unbind(1)
     all_steps = len(steps) == row
-    return Plan(pages, row, spans, runs, pieces, (None if all_steps else rows, slots, offsets), shelved(copied, row))
+    batches = copies.together(copied, row)
+    return Plan(pages, row, spans, runs, pieces, (None if all_steps else rows, slots, offsets), batches)
+
+
+def _table(pages: Pages, chunk: Chunk) -> torch.Tensor:
+    return torch.from_numpy(checked_blocks(pages, chunk))
+
+
+def _span(pages: Pages, chunk: Chunk, row: int) -> Span:
+    count, position = len(chunk.tokens), chunk.position
+    masked = count > 1 and position > 0 and not pages.plain_products
+    mask = causal_mask(count, position, pages.dtype, pages.device) if masked else None
+    return Span(row, row + count, position + count, _table(pages, chunk), mask)
 
 
 def _split(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from headway.engine.errors import ModelError
 from headway.engine.linear import Form, make_linear, packs
@@ -20,7 +21,7 @@ BFLOAT16 = torch.bfloat16
 GROUP = 32
 # Rows up to which reading fewer bytes pays, by bits (measured with AVX-512: at 8 rows both ways take as long).
 FEW = {8: 4, 4: 7}
-# torch's kernel for 4 bits takes outputs by so many.
+# torch's kernel for 4 bits takes outputs by so many; what is missing is filled up.
 _OUTPUTS = 16
 _TILES = 2
 
@@ -58,7 +59,7 @@ class QuantisedLinear(nn.Module):
         if len(rows) > self._few:
             y = self._many(rows)
         else:
-            y = self._call(rows.to(BFLOAT16), *self._narrow)
+            y = self._call(rows.to(BFLOAT16), *self._narrow)[:, : self.out_features]
             y = (y if self._bias is None else y + self._bias).to(x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -72,7 +73,7 @@ def rounded_8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 def rounded_4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A scale and a zero for GROUP inputs of each output. → what the weight becomes, and the two as the kernel takes
-    them: uint8 [out, in / 2], bfloat16 [in / GROUP, out, 2].
+    them: uint8 [outputs, in / 2], bfloat16 [in / GROUP, outputs, 2], of a whole multiple of _OUTPUTS.
     """
     grouped = weight.float().view(len(weight), -1, GROUP)
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
@@ -80,8 +81,11 @@ def rounded_4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     zero = (low + 8 * scale.float()).to(BFLOAT16)
     steps = ((grouped - zero.float()) / scale.float() + 8).round_().clamp_(0, 15)
     rounded = ((steps - 8) * scale.float() + zero.float()).view_as(weight)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps.view_as(weight).to(torch.int32), _TILES)
-    return rounded, packed, torch.cat([scale, zero], -1).transpose(0, 1).contiguous()
+    more = (0, 0, 0, -len(weight) % _OUTPUTS)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+        pad(steps.view_as(weight).to(torch.int32), more), _TILES
+    )
+    return rounded, packed, pad(torch.cat([scale, zero], -1).transpose(0, 1), more).contiguous()
 
 
 def quantised(weights: str) -> Form:
@@ -112,9 +116,10 @@ def _make(weights: str, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.M
 
 
 def _bits(weights: str, weight: torch.Tensor) -> int:
-    """8 also where the kernel for 4 does not take such a shape."""
-    fits = weight.shape[1] % GROUP == 0 and weight.shape[0] % _OUTPUTS == 0
-    return 4 if weights == "int4" and fits else 8
+    """8 also where inputs are no whole groups. Outputs do not matter: side by side or one by one, layers are rounded
+    alike.
+    """
+    return 4 if weights == "int4" and weight.shape[1] % GROUP == 0 else 8
 
 
 def _multiply_4(x: torch.Tensor, packed: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:

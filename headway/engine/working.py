@@ -9,57 +9,82 @@ which takes about as long as attention over the slab takes in one step; without 
 
 from __future__ import annotations
 
-import math
 import mmap
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
+from headway.engine.drafted import DraftedBatch
 from headway.engine.pages import Pages
+from headway.engine.together import Batch, Step, batches_of
 
 # Tokens that the smallest copies have room for; larger ones have room for powers of two times as many.
 LEAST_ROOM = 256
 PAGE_BYTES = 4096
 # Of the copies that lie in one piece of memory, so that they attend in one call.
 SHELF_TOKENS = 8192
+# By so many tokens at a time a growing copy is counted.
+COUNTED = 64
 
 
 class Shelf:
     """Copies with room for `room` tokens each. Of each layer, and of row r head h at r · kv_heads + h: keys [rows ·
-    kv_heads, head_dim, room], values [rows · kv_heads, room, head_dim].
+    kv_heads, head_dim, room], values [rows · kv_heads, room, head_dim], one after the other in flat[layer].
 
-    used: tokens of each row that some copy ever had; memory that no token touched lies nowhere yet.
+    used: tokens of each row that some copy ever had; what was never used is zeros that lie nowhere. counted: tokens of
+    each row, at least those, whose memory is accounted for.
     """
 
     def __init__(self, pages: Pages, room: int) -> None:
-        self.room, self.heads = room, pages.heads
+        """Raises OSError where the kernel gives no addresses."""
+        self.room, self.heads, self.dim = room, pages.heads, pages.dim
         rows = max(1, SHELF_TOKENS // room)
-        layers, lines = len(pages.pairs), rows * pages.heads
-        self.keys = list(_untouched((layers, lines, pages.dim, room), pages.dtype))
-        self.values = list(_untouched((layers, lines, room, pages.dim), pages.dtype))
+        lines = rows * pages.heads
+        half = lines * pages.dim * room
+        self._memory = _untouched(len(pages.pairs) * 2 * half * pages.dtype.itemsize)
+        self.flat = list(torch.frombuffer(self._memory, dtype=pages.dtype).view(-1, 2 * half))
+        self.keys = [flat[:half].view(lines, pages.dim, room) for flat in self.flat]
+        self.values = [flat[half:].view(lines, room, pages.dim) for flat in self.flat]
         self.free = list(reversed(range(rows)))
         self.used = [0] * rows
+        self.counted = [0] * rows
 
     @property
     def idle(self) -> bool:
         return len(self.free) == len(self.used)
 
-    def resident(self, tokens: int) -> int:
-        """Of a row of which so many tokens were used, those whose memory is there: a page of keys has one of each of
-        many tokens.
+    @property
+    def bytes(self) -> int:
+        return sum(map(self.bytes_of, self.counted))
+
+    def bytes_of(self, tokens: int) -> int:
+        """Of memory, at most, that a row takes of which so many tokens are used. It comes by pages: a page of keys has
+        one number of each of many tokens.
         """
-        page: int = PAGE_BYTES // self.keys[0].itemsize
-        return (min(self.room, -(-tokens // page) * page) + tokens) // 2
+        size, heads = self.flat[0].itemsize, self.heads
+        keys = _touched(heads * self.dim, self.room * size, tokens * size)
+        values = _touched(heads, self.room * self.dim * size, tokens * self.dim * size)
+        return len(self.flat) * (keys + values)
+
+    def release(self, row: int) -> int:
+        """Give back the memory of a free row, which becomes zeros that lie nowhere. → how many bytes that were."""
+        size = self.heads * self.dim * self.room * self.flat[0].itemsize
+        if size % mmap.PAGESIZE:
+            return 0  # it shares pages with its neighbours
+        for piece in range(2 * len(self.flat)):
+            self._memory.madvise(mmap.MADV_DONTNEED, (piece * len(self.used) + row) * size, size)
+        freed = self.bytes_of(self.counted[row])
+        self.used[row] = self.counted[row] = 0
+        return freed
 
     def put_back(self, row: int) -> None:
         self.free.append(row)
         self.free.sort(reverse=True)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Copy:
     """A sequence's tokens [0, tokens) in a row of a shelf."""
 
@@ -68,29 +93,30 @@ class Copy:
     tokens: int
 
 
-class Step(NamedTuple):
-    """A sequence's next token and the drafts after it, `tokens` in all: the first one's row of the pack, the sequence's
-    copy, and how many tokens the last one sees with itself.
-    """
-
-    row: int
-    copy: Copy
-    length: int
-    tokens: int = 1
+def no_limit() -> int:
+    return 1 << 62
 
 
 @dataclass
 class Copies:
-    """Of one slab; where `most_tokens` are in memory, no more are made, though those that are there still grow."""
+    """Of one slab; never more than `most_bytes` of memory, nor than there is: `left` says what may be taken beside what
+    is taken. A sequence whose copy would need more has none.
+    """
 
     pages: Pages
-    most_tokens: int
+    most_bytes: int
+    left: Callable[[], int] = no_limit
     # By sequence, tokens that were copied since `clean`.
     made: dict[Hashable, int] = field(default_factory=dict)
+    bytes: int = 0
     _by_sequence: dict[Hashable, Copy] = field(default_factory=dict)
     _shelves: list[Shelf] = field(default_factory=list)
     # Put there by another thread than the engine's.
     _ended: deque[Hashable] = field(default_factory=deque)
+    # Of the last forward, and how many rows its pack had.
+    _steps: list[Step] = field(default_factory=list)
+    _batches: list[Batch | DraftedBatch] = field(default_factory=list)
+    _rows: int = 0
 
     def forget(self, sequence: Hashable) -> None:
         """It does not decode here any more. From any thread."""
@@ -103,29 +129,42 @@ class Copies:
             self._drop(self._ended.popleft())
 
     def step(
-        self, sequence: Hashable | None, row: int, position: int, blocks: torch.Tensor, count: int = 1
+        self, sequence: Hashable | None, row: int, position: int, blocks: Callable[[], torch.Tensor], count: int = 1
     ) -> Step | None:
         """The step in which row `row` of the pack is the sequence's token at `position`, and those after it, `count` in
         all, are drafts. Its copy is made where there is none, and taken to get those tokens. None where the sequence
         has no name, or memory is out.
 
-        blocks: int64, the slots of tokens [0, position + count).
+        blocks: int64, the slots of tokens [0, position + count); asked for where a copy is made.
         """
         if sequence is None:
             return None
         copy = self._by_sequence.get(sequence)
         # What the copy has at `position` and after it were drafts that did not hold, and is written over.
-        if copy is None or copy.tokens < position or position + count > copy.shelf.room:
+        if copy is None or copy.tokens < position or not self._grow(copy, position + count):
             self._drop(sequence)
             copy = self._take(position + count)
             if copy is None:
                 return None
             self._by_sequence[sequence] = copy
-            self._fill(copy, position, blocks)
+            self._fill(copy, position, blocks())
             self.made[sequence] = position
         copy.tokens = position + count
         copy.shelf.used[copy.row] = max(copy.shelf.used[copy.row], copy.tokens)
         return Step(row, copy, position + count, count)
+
+    def together(self, steps: list[Step], rows: int) -> list[Batch | DraftedBatch]:
+        """The batches of a forward's steps, whose pack has so many `rows`; those of the last forward where the same
+        sequences are one token further.
+        """
+        if rows == self._rows and len(steps) == len(self._steps) and all(map(_follows, steps, self._steps)):
+            for batch in self._batches:
+                assert isinstance(batch, Batch)
+                batch.advance()
+        else:
+            self._batches = batches_of(steps, rows)
+        self._steps, self._rows = steps, rows
+        return self._batches
 
     def _drop(self, sequence: Hashable) -> None:
         copy = self._by_sequence.pop(sequence, None)
@@ -133,29 +172,52 @@ class Copies:
             copy.shelf.put_back(copy.row)
 
     def _take(self, tokens: int) -> Copy | None:
-        """A free row, of the first shelf that has one. Idle shelves stay, because memory that was used once is there at
-        once; they go where there would be too much.
-        """
+        """A free row, of the first shelf that has one."""
         room = LEAST_ROOM
         while room < tokens:
             room *= 2
         shelf = next((shelf for shelf in self._shelves if shelf.room == room and shelf.free), None)
         if shelf is None:
-            shelf = Shelf(self.pages, room)
+            try:
+                shelf = Shelf(self.pages, room)
+            except OSError:
+                return None
             self._shelves.append(shelf)
-        used = shelf.used[shelf.free[-1]]
-        more = max(0, shelf.resident(tokens) - shelf.resident(used))
-        for idle in [other for other in self._shelves if other.idle and other is not shelf]:
-            if self._used + more <= self.most_tokens:
-                break
-            self._shelves.remove(idle)
-        if more and self._used + more > self.most_tokens:
-            return None
-        return Copy(shelf, shelf.free.pop(), 0)
+        copy = Copy(shelf, shelf.free.pop(), 0)
+        if self._grow(copy, tokens):
+            return copy
+        shelf.put_back(copy.row)
+        return None
 
-    @property
-    def _used(self) -> int:
-        return sum(shelf.resident(used) for shelf in self._shelves for used in shelf.used)
+    def _grow(self, copy: Copy, tokens: int) -> bool:
+        """Whether its row may have so many tokens; if so, their memory is accounted for."""
+        shelf, row = copy.shelf, copy.row
+        if tokens <= shelf.counted[row]:
+            return True
+        if tokens > shelf.room:
+            return False
+        counted = min(shelf.room, -(-tokens // COUNTED) * COUNTED)
+        more = shelf.bytes_of(counted) - shelf.bytes_of(shelf.counted[row])
+        if not self._fits(more):
+            return False
+        shelf.counted[row] = counted
+        self.bytes += more
+        return True
+
+    def _fits(self, more: int) -> bool:
+        """Whether there may be so many bytes more. Rows that nobody has keep their memory, which is there at once when
+        it is needed again; it goes where there would be too much.
+        """
+        if more <= min(self.most_bytes - self.bytes, self.left()):
+            return True
+        for shelf in self._shelves:
+            self.bytes -= sum(shelf.release(row) for row in shelf.free if shelf.counted[row])
+        for shelf in [shelf for shelf in self._shelves if shelf.idle]:
+            self._shelves.remove(shelf)
+            self.bytes -= shelf.bytes
+            # These may hold it.
+            self._steps, self._batches = [], []
+        return more <= min(self.most_bytes - self.bytes, self.left())
 
     def _fill(self, copy: Copy, tokens: int, blocks: torch.Tensor) -> None:
         lines = slice(copy.row * self.pages.heads, (copy.row + 1) * self.pages.heads)
@@ -170,90 +232,28 @@ class Copies:
             values[:, stale] = 0
 
 
-class Batch(NamedTuple):
-    """n sequences in consecutive rows of a shelf that take a step, of at most `tokens` tokens. rows: see pages.Batch.
+def _follows(step: Step, before: Step) -> bool:
+    one = step.tokens == before.tokens == 1
+    return one and step.copy is before.copy and step.row == before.row and step.length == before.length + 1
 
-    Their heads are n · kv_heads lines of the shelf, `lines`. each, positions: int64 [len(rows) · kv_heads], the line,
-    and the place there, of each new token's heads. mask: [1 or n · kv_heads, tokens, 1 or longest], 0 or −inf.
-    grid: where not all have as many tokens, which of `rows` stand in n · tokens places, a sequence's last one repeated,
-    and in which of these places each row is found.
+
+def _touched(count: int, stride: int, used: int) -> int:
+    """Bytes of the pages, at most, in which the first `used` bytes of `count` pieces lie that are `stride` apart."""
+    if used == 0:
+        return 0
+    if stride % PAGE_BYTES == 0:
+        return count * _pages(used)
+    return min(_pages(count * stride) + PAGE_BYTES, count * (_pages(used) + PAGE_BYTES))
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE_BYTES) * PAGE_BYTES
+
+
+def _untouched(size: int) -> mmap.mmap:
+    """Zeros that lie nowhere until they are written: torch would write them. Private to the process, because reading
+    such a page of shared memory makes one; not in pages of 2 MiB, of which a few tokens would take one for each layer.
     """
-
-    shelf: Shelf
-    rows: torch.Tensor | None
-    tokens: int
-    lines: slice
-    each: torch.Tensor
-    positions: torch.Tensor
-    longest: int
-    mask: torch.Tensor
-    grid: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def attend(self, layer: int, query: torch.Tensor, new: torch.Tensor, scaling: float | None) -> torch.Tensor:
-        """See pages.Batch."""
-        heads, dim = query.shape[1:]
-        lines, kv_heads = self.lines.stop - self.lines.start, self.shelf.heads
-        if self.rows is not None:
-            query, new = query[self.rows], new[self.rows]
-        keys, values = self.shelf.keys[layer], self.shelf.values[layer]
-        keys[self.each, :, self.positions] = new[:, 0].reshape(-1, dim)
-        values[self.each, self.positions] = new[:, 1].reshape(-1, dim)
-        keys, values = keys[self.lines, :, : self.longest], values[self.lines, : self.longest]
-        if self.tokens == 1:
-            # The query heads that share a KV head are the rows.
-            grouped = query.reshape(lines, -1, dim)
-            scores = torch.baddbmm(self.mask, grouped, keys, alpha=scaling or dim**-0.5)
-        else:
-            if self.grid:
-                query = query[self.grid[0]]
-            by_token = query.view(-1, self.tokens, kv_heads, heads // kv_heads, dim)
-            grouped = by_token.transpose(1, 2).reshape(lines, -1, dim)
-            scores = torch.bmm(grouped, keys).mul_(scaling or dim**-0.5)
-            scores.view(lines, self.tokens, -1, self.longest).add_(self.mask[:, :, None])
-        shares = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
-        seen = torch.bmm(shares, values)
-        if self.tokens == 1:
-            return seen.view(-1, heads, dim)
-        by_head = seen.view(-1, kv_heads, self.tokens, heads // kv_heads, dim)
-        found = by_head.transpose(1, 2).reshape(-1, heads, dim)
-        return found[self.grid[1]] if self.grid else found
-
-
-def shelved(steps: Sequence[Step], rows: int) -> list[Batch]:
-    """One for each run of consecutive rows of a shelf; the pack has so many `rows`."""
-    runs: list[list[Step]] = []
-    for step in sorted(steps, key=lambda step: (id(step.copy.shelf), step.copy.row)):
-        before = runs[-1][-1].copy if runs else None
-        if before and before.shelf is step.copy.shelf and before.row + 1 == step.copy.row:
-            runs[-1].append(step)
-        else:
-            runs.append([step])
-    return [_batch(run, rows) for run in runs]
-
-
-def _batch(steps: list[Step], count: int) -> Batch:
-    first, last = steps[0].copy, steps[-1].copy
-    heads, dtype = first.shelf.heads, first.shelf.keys[0].dtype
-    lengths, counts = (torch.tensor([step[part] for step in steps])[:, None] for part in (2, 3))
-    longest, tokens, mask = int(lengths.max()), int(counts.max()), torch.zeros(1, 1, 1, dtype=dtype)
-    ahead = torch.minimum(torch.arange(tokens), counts - 1)
-    # int64 [sequences, tokens]: of each new token, and of a sequence's last one again where others have more.
-    positions = lengths - counts + ahead
-    if tokens > 1 or int(lengths.min()) < longest:
-        unseen = torch.arange(longest) > positions[:, :, None]
-        mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf).repeat_interleave(heads, 0)
-    grid, own = None, torch.arange(tokens) < counts
-    if not bool(own.all()):
-        before = counts.cumsum(0) - counts
-        grid = (before + ahead).flatten(), own.flatten().nonzero().flatten()
-    rows = [row for step in steps for row in range(step.row, step.row + step.tokens)]
-    at = None if rows == list(range(count)) else torch.tensor(rows)
-    lines = slice(first.row * heads, (last.row + 1) * heads)
-    each = torch.arange(lines.start, lines.stop).view(-1, 1, heads).expand(-1, tokens, -1)[own].flatten()
-    places = positions[own].repeat_interleave(heads)
-    return Batch(first.shelf, at, tokens, lines, each, places, longest, mask, grid)
-
-
-def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that lie nowhere yet. torch would write them, NumPy ask for pages of 2 MiB."""
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory

@@ -63,20 +63,20 @@ def plain(pages: Pages, chunks: Sequence[Chunk]) -> Plan:
 
 
 class WithCopies:
-    """Sequences are known by their block tables; one copy at most has room where `most_tokens` is small."""
+    """Sequences are known by their block tables; few copies have room where `most_bytes` is small."""
 
-    def __init__(self, most_tokens: int) -> None:
-        self._most_tokens = most_tokens
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
         self._copies: Copies | None = None
 
     def __call__(self, pages: Pages, chunks: Sequence[Chunk]) -> Plan:
         if self._copies is None or self._copies.pages is not pages:
-            self._copies = Copies(pages, self._most_tokens)
+            self._copies = Copies(pages, self._most_bytes)
         named = [replace(chunk, sequence=int(chunk.slots[0])) for chunk in chunks]
         return plan_cpu(pages, named, self._copies)
 
 
-@pytest.mark.parametrize("plan_of", [plain, plan_device, WithCopies(1 << 20), WithCopies(180)])
+@pytest.mark.parametrize("plan_of", [plain, plan_device, WithCopies(1 << 30), WithCopies(100_000)])
 @settings(max_examples=120, deadline=None)
 @given(case=cases())
 def test_equals_dense_attention(
@@ -185,6 +185,20 @@ def test_what_it_does_not_implement_is_refused(keywords: dict[str, Any]) -> None
 
 def test_keywords_that_ask_for_nothing_are_fine() -> None:
     call(sliding_window=None, softcap=None, dropout=0.0, is_causal=True, position_ids=torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_masks_are_made_for_those_who_read_them(dtype: str) -> None:
+    """Products in bfloat16 hide what follows by themselves."""
+    group = LayerGroup(2, 1, DIM, 2 * 2 * DIM * 4)
+    kv_format = KvFormat(4, dtype, ORDER, (group,))
+    pages = Pages(np.zeros((9, kv_format.slot_bytes), np.uint8), kv_format, torch.device("cpu"))
+    table = np.arange(9, dtype=np.int32)
+    spans = plain(
+        pages, [Chunk([0] * 5, 3, table, None), Chunk([0] * 5, 0, table, None), Chunk([0], 7, table, None)]
+    ).spans
+    assert [span.mask is not None for span in spans] == [dtype != "bfloat16", False, False]
+    assert pages.plain_products == (dtype == "bfloat16")
 
 
 def test_consecutive_slots_are_written_as_one_run() -> None:

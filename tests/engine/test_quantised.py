@@ -13,12 +13,13 @@ from headway.core.model import KvFormat, LayerGroup
 from headway.engine import quantised
 from headway.engine.contract import Chunk
 from headway.engine.lean import LeanDecoder
+from headway.engine.linear import take_linear
 from headway.engine.load import ModelError, load_engine
 from headway.engine.model import TorchEngine
 from headway.engine.pages import SCALED, Pages, Plan
 from headway.engine.plan_cpu import plan_cpu
 from headway.engine.plan_device import plan_device
-from headway.engine.quantised import FEW, GROUP, QuantisedLinear, rounded_4, rounded_8
+from headway.engine.quantised import FEW, GROUP, QuantisedLinear, round_linears, rounded_4, rounded_8
 from headway.engine.stock import StockModel
 from headway.engine.working import Copies
 from tests.engine.tiny import FAMILIES, save_model
@@ -63,6 +64,25 @@ def test_few_rows_and_many_are_multiplied_by_the_same_numbers(bits: int) -> None
         assert found.dtype == torch.float32
         # Of inputs, weights, bias and result, each rounded to 8 bits.
         assert float((found - expected).std() / expected.std()) < 0.006
+
+
+@pytest.mark.parametrize("outputs", [(32, 8, 8), (48, 4, 4), (3, 0, 0)])
+@torch.inference_mode()
+def test_layers_are_rounded_once_and_side_by_side_as_one_by_one(outputs: tuple[int, ...]) -> None:
+    """Also where a layer by itself has outputs that the kernel for 4 bits does not take, and its neighbours fill up."""
+    weights = [weight(count) for count in outputs if count]
+    modules = [torch.nn.Linear(3 * GROUP, len(part), bias=False) for part in weights]
+    for module, part in zip(modules, weights, strict=True):
+        module.weight.copy_(part)
+    expected = torch.cat([rounded_4(part)[0] for part in weights])
+    round_linears(torch.nn.ModuleList(modules), "int4")
+    assert torch.equal(torch.cat([module.weight for module in modules]), expected)
+    layer = take_linear(*modules, make=quantised.quantised("int4").inner)
+    for rows in (1, FEW[4], FEW[4] + 1):
+        x = torch.randn(rows, 3 * GROUP)
+        found = layer(x)
+        assert found.shape == (rows, len(expected))
+        assert float((found - x @ expected.t()).std() / (x @ expected.t()).std()) < 0.006
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
