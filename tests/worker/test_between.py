@@ -265,6 +265,8 @@ async def test_an_error_in_a_guest_is_the_guests_alone(between: Between) -> None
     assert "cannot compute this" in short.failure.message
     assert between.long.tokens == expected(LONG, 1)
     assert between.computed == [[400], [200]]
+    undisturbed = [work.prompts for work, _ in between.timing.seen]
+    assert undisturbed == [[(400, 0)], [(200, 400)]], "the host's forward was one, and no retry of it"
 
 
 async def test_an_error_in_the_host_is_the_hosts_alone(between: Between) -> None:
