@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.engine.__main__ import MARKS, ROUNDED_FORMAT, marks
-from bench.engine.peers import MODULES, find_peers
+from bench.engine.__main__ import MARKS, ROUNDED_FORMAT, ChildError, compare_speeds, marks
+from bench.engine.peers import MODULES, Maker, find_peers
 from bench.engine.quality import FEW, MANY, Quality
 
 FOLDER = Path("folder")
@@ -51,6 +51,15 @@ def test_without_a_gguf_file_no_peer_that_reads_one_runs() -> None:
 def test_a_name_that_is_no_peers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no peer vllm; there are transformers, openvino, llamacpp"):
         find_peers(["vllm"], FOLDER, sys.executable, None)
+
+
+def test_a_peer_that_ends_at_its_start_is_skipped_but_not_one_of_ours() -> None:
+    ends = Maker("/bin/false", "model")
+    table = compare_speeds({"llamacpp": ends}, 1, 1, [("prefill", 16)])
+    assert table["prefill"] == {"16": {}}
+    assert table["settings"]["llamacpp"].startswith("skipped: /bin/false -m bench.engine.child llamacpp model 1 ended")
+    with pytest.raises(ChildError, match="ended with 1"):
+        compare_speeds({"headway-int4": ends}, 1, 1, [])
 
 
 def test_marks_are_only_of_what_was_measured() -> None:

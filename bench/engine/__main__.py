@@ -47,8 +47,12 @@ MARKS = {
 }
 
 
+class ChildError(Exception):
+    """A child ended without an answer."""
+
+
 class Child:
-    """An engine in its process; see bench.engine.child."""
+    """An engine in its process; see bench.engine.child. Raises ChildError."""
 
     def __init__(self, name: str, maker: Maker, threads: int) -> None:
         command = [maker.python, "-m", "bench.engine.child", name, maker.model, str(threads)]
@@ -70,17 +74,32 @@ class Child:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"bench.engine: {' '.join(map(str, self._process.args))} ended")  # type: ignore[arg-type]
+            command = " ".join(map(str, self._process.args))  # type: ignore[arg-type]
+            raise ChildError(f"{command} ended with {self._process.wait(30)}")
         return dict(json.loads(line))
 
 
 def compare_speeds(makers: dict[str, Maker], threads: int, repeats: int, sizes: list[tuple[str, int]]) -> Any:
-    """phase → size → engine → tokens a second, medians; the engines take turns. "settings": what engines chose."""
-    children = {name: Child(name, maker, threads) for name, maker in makers.items()}
-    settings = {name: child.setting for name, child in children.items() if child.setting}
-    table: dict[str, Any] = {"prefill": {}, "decode": {}, "settings": settings}
+    """phase → size → engine → tokens a second, medians; the engines take turns. "settings": what engines chose by
+    trying, or why a peer does not run.
+    """
+    children, settings = {}, {}
+    for name, maker in makers.items():
+        try:
+            children[name] = Child(name, maker, threads)
+            settings[name] = children[name].setting
+        except ChildError as error:
+            if name in OURS:
+                raise
+            settings[name] = f"skipped: {error}"
+            progress(f"{name}: {settings[name]}")
+    table: dict[str, Any] = {
+        "prefill": {},
+        "decode": {},
+        "settings": {name: one for name, one in settings.items() if one},
+    }
     for phase, size in sizes:
-        times: dict[str, list[float]] = {name: [] for name in makers}
+        times: dict[str, list[float]] = {name: [] for name in children}
         for _ in range(repeats):
             for name, child in children.items():
                 times[name].append(child.seconds(phase, size))

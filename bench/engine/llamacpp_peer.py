@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -10,6 +12,8 @@ from typing import Any, NamedTuple
 from bench.engine.subject import CONTEXT, STEPS, Subject
 
 LONGEST, SEQUENCES = 2048, 16
+# GGML_LOG_LEVEL_ERROR
+ERROR = 4
 
 
 class Setting(NamedTuple):
@@ -36,9 +40,22 @@ def load_model(file: str) -> Any:
     import llama_cpp
 
     llama_cpp.llama_backend_init()
+    llama_cpp.llama_log_set(_log(), None)
     if model := llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params()):
         return model
     raise RuntimeError(f"llama.cpp cannot load {file}")
+
+
+@functools.cache  # for as long as llama.cpp may call it
+def _log() -> Any:
+    """Lets errors through only."""
+    import llama_cpp
+
+    def write(level: int, text: bytes, _data: object) -> None:
+        if level == ERROR:
+            sys.stderr.write(text.decode(errors="replace"))
+
+    return llama_cpp.llama_log_callback(write)
 
 
 class Context:
