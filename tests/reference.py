@@ -96,6 +96,17 @@ def generate(model: Any, prompt: Sequence[int], new_tokens: int) -> tuple[list[i
     return done.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
 
 
+def log_probabilities(prompt: Sequence[int], tokens: Sequence[int]) -> Any:
+    """float64 [tokens, vocabulary]: before each token of an answer, by transformers' own model."""
+    import torch
+
+    from headway.engine.quiet import quiet
+
+    with torch.inference_mode(), quiet():
+        logits = _model()(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1)
+
+
 def first_divergence(expected: Sequence[int], found: Sequence[int]) -> int | None:
     """The first output index at which the two differ."""
     for at, (ours, theirs) in enumerate(zip(found, expected, strict=False)):

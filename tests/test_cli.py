@@ -37,6 +37,22 @@ def test_generate_streams_the_answer_and_says_how_it_went(router: FakeRouter, ca
     assert (request.sampling.seed, list(request.stop_strings)) == (3, ["END"])
 
 
+def test_constraints_arrive(router: FakeRouter, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    flags = [["--json-schema", str(tmp_path / "schema.json")], ["--json"], ["--regex", "a+"]]
+    flags += [["--choice", "yes", "--choice", "no"]]
+    for some in flags:
+        assert main(["generate", "hi", *some]) == 0
+    schema, any_object, regex, choices = (request.sampling.constraint for request in router.requests)
+    assert schema.json_schema == '{"type": "object"}'
+    assert any_object.HasField("json_object")
+    assert regex.regex == "a+"
+    assert list(choices.choices.texts) == ["yes", "no"]
+    capsys.readouterr()
+    assert main(["generate", "hi", "--json-schema", str(tmp_path / "none.json")]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_generate_reads_standard_input(router: FakeRouter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
     assert main(["generate", "-"]) == 0

@@ -15,6 +15,8 @@ import pytest
 
 import headway
 from headway.client import AsyncClient, Client, Finished, HeadwayClientError, Started, TextDelta
+from headway.client.request import build_request
+from headway.v1 import common_pb2
 from tests.fake_router import FakeRouter, serve
 
 
@@ -61,6 +63,24 @@ def test_every_kind_of_prompt_and_option_arrives() -> None:
     assert raw.text == b"\xff"
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "value"),
+    [
+        ({"json_schema": '{"type": "object"}'}, "json_schema", '{"type": "object"}'),
+        ({"json_schema": {"type": "array"}}, "json_schema", '{"type": "array"}'),
+        ({"json_object": True}, "json_object", common_pb2.JsonObject()),
+        ({"regex": "a+"}, "regex", "a+"),
+        ({"choices": ["yes", "né"]}, "choices", common_pb2.Choices(texts=["yes", "né"])),
+        ({"json_object": False, "regex": "b"}, "regex", "b"),
+    ],
+)
+def test_constraints_arrive(options: Any, kind: str, value: object) -> None:
+    constraint = build_request("hi", options).sampling.constraint
+    assert constraint.WhichOneof("kind") == kind
+    assert getattr(constraint, kind) == value
+    assert build_request("hi", {"json_object": False}) == build_request("hi", {})
+
+
 def test_rich_errors_are_decoded() -> None:
     router = FakeRouter(fail=grpc.StatusCode.RESOURCE_EXHAUSTED)
     full = pytest.raises(HeadwayClientError, match="the queue is full")
@@ -81,6 +101,8 @@ def test_nobody_there() -> None:
         ("hi", {"max_tokens": -1}),
         ("hi", {"n": "two"}),
         ("hi", {"unknown_option": 1}),
+        ("hi", {"regex": "a", "json_object": True}),
+        ("hi", {"regex": 5}),
         ("\ud800", {}),
         ([-1], {}),
         ([{"role": "user"}], {}),

@@ -15,8 +15,9 @@ import pytest
 
 from headway.fleet import Fleet, FleetSpec
 from headway.runtime.channels import open_channel
+from headway.text.tokenizer import load_tokenizer
 from headway.v1 import common_pb2, router_pb2, router_pb2_grpc
-from tests.reference import NEW_TOKENS, check_equal, model_folder, prompts, reference
+from tests.reference import NEW_TOKENS, check_equal, log_probabilities, model_folder, prompts, reference
 from tests.support import Outcome, Stub, generate, request, settled
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
@@ -115,6 +116,35 @@ async def in_small_slab(slots: int, which: list[int], wanted: Wanted, folder: Pa
             check(outs, [wanted[at] for at in which])
         await settled(fleet.kvstore_address)
         return "".join(path.read_text() for path in folder.glob("*.log"))
+
+
+async def test_log_probabilities_are_transformers(stub: Stub) -> None:
+    """Of the chosen token and of the three likeliest, drawn from a distribution that is bent in every way."""
+    sampling = common_pb2.Sampling(temperature=1.5, top_p=0.9, repetition_penalty=1.2, seed=4)
+    tokens: list[common_pb2.Token] = []
+    async for response in stub.Generate(request(prompts()[13], 12, sampling=sampling, top_logprobs=3), timeout=60):
+        tokens += response.delta.tokens
+    ids = [token.token_id for token in tokens]
+    for token, wanted in zip(tokens, log_probabilities(prompts()[13], ids), strict=True):
+        assert token.logprob == pytest.approx(float(wanted[token.token_id]), abs=1e-3)
+        assert len({one.token_id for one in token.top_logprobs}) == 3
+        assert [one.logprob for one in token.top_logprobs] == pytest.approx(wanted.topk(3).values.tolist(), abs=1e-3)
+        for one in token.top_logprobs:
+            assert one.logprob == pytest.approx(float(wanted[one.token_id]), abs=1e-3)
+
+
+async def test_a_stop_string_across_the_models_tokens(stub: Stub, wanted: Wanted) -> None:
+    """From within one token to within the next; no half of it is ever sent."""
+    decode = load_tokenizer(str(model_folder())).decode
+    tokens = wanted[13][0]
+    at = next(at for at in range(4, 40) if min(len(decode([token])) for token in tokens[at : at + 2]) > 2)
+    stop = decode([tokens[at]])[-2:] + decode([tokens[at + 1]])[:2]
+    text = decode(tokens)
+    out = await generate(stub, request(prompts()[13], NEW_TOKENS, stop_strings=[stop], ignore_eos=True))
+    assert out.text == text[: text.index(stop)]
+    assert out.finished.stop_string == stop
+    assert out.tokens == tokens[: len(out.tokens)]
+    assert decode(out.tokens[:-1]).count(stop) == 0
 
 
 async def test_sampling_with_a_seed_is_the_same_cold_cached_and_replayed(fleet: Fleet, stub: Stub) -> None:

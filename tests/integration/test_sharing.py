@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+from headway.core.sampling import Sampling
+from headway.engine.contract import Draw
+from headway.engine.simulated import expected_tokens
 from headway.fleet import Fleet
-from headway.v1 import router_pb2
+from headway.v1 import common_pb2, router_pb2
 from tests.support import Outcome, Stub, expected, generate, request, settled, sim_spec
 
 SPEC = sim_spec(2, 2, 16 << 20)
@@ -52,6 +55,27 @@ async def test_the_next_turn_finds_the_answer_cached(stub: Stub) -> None:
     # All full blocks of prompt and answer but the last token, whose K and V nobody needed.
     assert figures(second) == ((40 + 40 - 1) // 16 * 16, len(turn) - (40 + 40 - 1) // 16 * 16)
     assert second.tokens == expected(turn)
+
+
+async def test_the_choices_of_a_request_share_the_prompts_blocks(fleet: Fleet, stub: Stub) -> None:
+    """Computed once, kept once: each choice adds the end of the prompt and its own answer."""
+    before = await settled(fleet.address_of("kvstore"))
+    prompt, cached, answers = [77] * 163, dict[int, int](), dict[int, list[int]]()
+    sampling = common_pb2.Sampling(temperature=1.0, seed=3)
+    message = request(prompt, 24, n=4, sampling=sampling, placement=on(0))
+    async for response in stub.Generate(message, timeout=60):
+        answers.setdefault(response.choice, []).extend(token.token_id for token in response.delta.tokens)
+        if response.HasField("finished"):
+            cached[response.choice] = response.finished.usage.cached_tokens
+    assert cached == {0: 0, 1: 160, 2: 160, 3: 160}
+    wanted = {
+        choice: expected_tokens(prompt, 24, lambda at, choice=choice: Draw(Sampling(1.0, seed=3), at, choice))
+        for choice in range(4)
+    }
+    assert answers == wanted
+    after = await settled(fleet.address_of("kvstore"))
+    # Ten blocks of the prompt, and of each choice the one that starts with its last three tokens.
+    assert after.cached_slots - before.cached_slots == 10 + 4
 
 
 async def test_a_match_leaves_at_least_one_token_to_compute(stub: Stub) -> None:
