@@ -20,7 +20,7 @@ from headway.engine.working import Copies
 from tests.engine.drive import Driver, Running
 from tests.engine.tiny import FAMILIES, VOCABULARY, save_model
 
-NEW = 40
+NEW = 32
 PROMPTS = [list(range(at, 3 * at)) for at in (1, 5, 20, 41, 60)]
 PENALISED = Sampling(
     1.0, seed=7, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3, bad_words=((3,), (5, 6), (9, 2))
@@ -76,7 +76,7 @@ def run(driver: Driver, guess: Guess, answers: Sequence[Sequence[int]], sampling
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return load_engine(str(save_model(tmp_path_factory.mktemp("llama"), FAMILIES["llama"]())))
+    return load_engine(str(save_model(tmp_path_factory.mktemp("llama"), FAMILIES["llama"]())), threads=1)
 
 
 def samplings_of(kind: int) -> list[Sampling]:
@@ -113,7 +113,7 @@ def test_the_plan_of_a_device_computes_drafts_too(engine: Engine, monkeypatch: p
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "bfloat16"])
 def test_drafts_over_rounded_kv(kv_dtype: str, tmp_path: Path) -> None:
-    engine = load_engine(str(save_model(tmp_path / "llama", FAMILIES["llama"]())), kv_dtype=kv_dtype)
+    engine = load_engine(str(save_model(tmp_path / "llama", FAMILIES["llama"]())), kv_dtype=kv_dtype, threads=1)
     samplings = samplings_of(0)
     run(Driver(engine, 150), SometimesWrong(), answers_of(engine, samplings), samplings)
 
