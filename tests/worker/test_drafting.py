@@ -92,6 +92,8 @@ async def test_an_answer_is_never_longer_than_asked(max_tokens: int) -> None:
     async with bench(Oracle(9)).running() as used:
         heard = await answer(used, max_tokens)
     assert heard.tokens == expected(PROMPT, max_tokens)
+    # Nothing is computed past the end either.
+    assert sum(rows for (rows,) in used.engine.batches[1:]) == max_tokens - 1
 
 
 async def test_a_cancel_while_drafts_are_computed_ends_the_sequence() -> None:
