@@ -45,8 +45,9 @@ class WorkerConfig:
     )
     speculate: str = option(
         "auto",
-        "auto: tokens that an answer will probably repeat are computed ahead where that is measured to pay; off: never",
-        choices=("auto", "off"),
+        "auto: tokens that an answer will probably repeat are computed ahead where that is measured to pay; always: "
+        "wherever it repeats something; off: never",
+        choices=("auto", "always", "off"),
     )
     max_batch: int = option(64, "sequences in one forward")
     chunk_tokens: int = option(8192, "prompt tokens in one forward, at most")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from headway.core.drafts import KEEP, KEEP_ALL, Acceptance, Lookup, share_drafts
 from headway.core.fit import Timing
@@ -13,10 +14,10 @@ PLAIN = 16
 
 
 class Drafting:
-    """Of one worker. most_s: what a step may take with its drafts."""
+    """Of one worker. most_s: what a step may take with its drafts. draft_s: what each adds to it."""
 
-    def __init__(self, most_s: float) -> None:
-        self._most_s = most_s
+    def __init__(self, most_s: float, draft_s: Callable[[Timing], float] = lambda timing: timing.draft_s) -> None:
+        self._most_s, self._draft_s = most_s, draft_s
         self._known = Acceptance(KEEP_ALL)
         self._steps = 0
 
@@ -26,7 +27,7 @@ class Drafting:
         for lookup, _ in lookups:
             lookup.advance()
         step_s = timing.predictor.step_s(len(actives), sum(active.sequence.computed for active in actives))
-        counts = share_drafts(lookups, step_s, timing.draft_s, self._most_s)
+        counts = share_drafts(lookups, step_s, self._draft_s(timing), self._most_s)
         self._steps += any(counts)
         if self._steps % PLAIN == 0:
             return [[] for _ in actives]
@@ -38,6 +39,13 @@ class Drafting:
             most = min(sequence.prompt_tokens + sequence.max_tokens, sequence.context_tokens)
             active.lookup = Lookup(sequence.tokens, max(2, most), Acceptance(KEEP, self._known))
         return active.lookup
+
+
+def drafting_of(speculate: str, most_s: float) -> Drafting | None:
+    """Of the setting of that name; most_s: what a step may take."""
+    if speculate == "always":
+        return Drafting(math.inf, lambda timing: 0.0)
+    return Drafting(most_s) if speculate == "auto" else None
 
 
 def room(active: Active) -> int:

@@ -28,7 +28,7 @@ from headway.worker.announce import Announcer
 from headway.worker.attach import Attachment
 from headway.worker.config import WorkerConfig
 from headway.worker.cores import Cores, Share
-from headway.worker.drafting import Drafting
+from headway.worker.drafting import drafting_of
 from headway.worker.loop import EngineLoop
 from headway.worker.matchers import Matchers
 from headway.worker.measure import TimingFile, alone, measure
@@ -119,7 +119,7 @@ async def run_worker(
         acquire_timeout_s=config.acquire_timeout_s,
         share=share_of(config, role),
         matchers=matchers,
-        drafting=Drafting(limits.itl_s) if config.speculate == "auto" else None,
+        drafting=drafting_of(config.speculate, limits.itl_s),
         on_load=lambda: announcer.load_changed(),
         on_prompt=lambda router_id: announcer.prompt_came(router_id),
     )

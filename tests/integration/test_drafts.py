@@ -17,7 +17,7 @@ from tests.support import Outcome, Stub, generate, request, settled
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
 DRAFTS, NONE = "mixed-0", "mixed-1"
-SPEC = FleetSpec(prefill=0, decode=0, mixed=2, flags={NONE: ["--speculate", "off"]})
+SPEC = FleetSpec(prefill=0, decode=0, mixed=2, flags={DRAFTS: ["--speculate", "always"], NONE: ["--speculate", "off"]})
 TOKENS = 64
 TEXT = (
     "The harbour lay quiet in the early morning. Three boats came in before sunrise, and nobody asked where they had "

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from headway.core.drafts import MOST_DRAFTS
 from headway.core.fit import Timing
 from headway.core.keys import block_keys
 from headway.core.step import StepLimits
 from headway.engine.simulated import PRINTABLE
 from headway.worker.active import Active
-from headway.worker.drafting import PLAIN, Drafting, room
+from headway.worker.drafting import PLAIN, Drafting, drafting_of, room
 from tests.worker.rig import Bench, Heard, expected, sequence, until_over
 
 PROMPT = list(range(1, 40))
@@ -167,3 +168,14 @@ def test_drafts_pay_by_what_was_measured_and_a_step_now_and_then_has_none() -> N
     for _ in range(2000):
         timing.draft.fade()
     assert counts(PLAIN).count(0) == 1
+
+
+def test_the_setting_says_whether_drafts_have_to_pay() -> None:
+    costly = Timing(step=(0.02, 0.02, 0.0))
+    counts = {}
+    for setting in ("auto", "always", "off"):
+        active = Active(sequence([1, 2, 3, 4, 5] * 4, 500), Heard(), 0.0)
+        active.slots = np.arange(100, dtype=np.int32)
+        drafting = drafting_of(setting, 0.1)
+        counts[setting] = len(drafting.drafts([active], costly)[0]) if drafting else None
+    assert counts == {"auto": 0, "always": MOST_DRAFTS, "off": None}
