@@ -58,7 +58,8 @@ def attend(plan: Plan, layer: int, query: torch.Tensor, new: torch.Tensor, scali
     pages, shape = plan.pages, query.shape
     if plan.rows < len(query):
         query, new = query[: plan.rows], new[: plan.rows]
-    query, new = query.to(pages.dtype), new.to(pages.dtype)
+    if query.dtype != pages.dtype:
+        query, new = query.to(pages.dtype), new.to(pages.dtype)
     new = plan.store(layer, new)
     if len(plan.batches) == 1 and plan.batches[0].rows is None and plan.rows == shape[0]:
         return plan.batches[0].attend(layer, query, new, scaling)

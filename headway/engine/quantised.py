@@ -37,8 +37,8 @@ class HalfLinear(nn.Module):
         self._layer = make_linear(rounded, None if bias is None else bias.detach().to(self._dtype)).forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self._layer(x.to(self._dtype))
-        return y.to(x.dtype)
+        y: torch.Tensor = self._layer(x if x.dtype == self._dtype else x.to(self._dtype))
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class QuantisedLinear(nn.Module):
@@ -54,14 +54,12 @@ class QuantisedLinear(nn.Module):
         self._many = HalfLinear(rounded, bias).forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = x.reshape(-1, self.in_features)
-        y: torch.Tensor
-        if len(rows) > self._few:
-            y = self._many(rows)
-        else:
-            y = self._call(rows.to(BFLOAT16), *self._narrow)[:, : self.out_features]
-            y = (y if self._bias is None else y + self._bias).to(x.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        if x.dim() > 2:
+            return self.forward(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        if len(x) > self._few:
+            return self._many(x)
+        y: torch.Tensor = self._call(x.to(BFLOAT16), *self._narrow)[:, : self.out_features]
+        return (y if self._bias is None else y + self._bias).to(x.dtype)
 
 
 def rounded_8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
