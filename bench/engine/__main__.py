@@ -66,16 +66,17 @@ class Child:
         return float(self._read()["seconds"])
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
+        """An engine ends when there is no more to read."""
+        with self._process:  # closes its pipes, and waits
+            pass
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             command = " ".join(map(str, self._process.args))  # type: ignore[arg-type]
-            raise ChildError(f"{command} ended with {self._process.wait(30)}")
+            self.close()
+            raise ChildError(f"{command} ended with {self._process.returncode}")
         return dict(json.loads(line))
 
 
