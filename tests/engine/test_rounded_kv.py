@@ -12,7 +12,8 @@ from headway.core.sampling import Sampling
 from headway.engine.contract import Chunk, Draw
 from headway.engine.load import load_engine
 from headway.engine.model import TorchEngine
-from headway.engine.plan_device import plan_device
+from headway.engine.plan_device import GATHER
+from headway.engine.steps_device import DeviceSteps
 from tests.engine.drive import Driver
 from tests.engine.tiny import FAMILIES, VOCABULARY, save_model
 
@@ -54,7 +55,7 @@ def test_logits_are_the_same_however_a_prompt_is_cut(
     that are not rounded change logits by 0.02 of their spread and more.
     """
     if on_device:
-        monkeypatch.setattr(engine, "_plan", plan_device)
+        monkeypatch.setattr(engine, "steps", DeviceSteps(engine._model, engine.device, GATHER, None))
     ids = tokens(5, TOKENS)
     whole, *others = [logits(engine, ids, *cut) for cut in CUTS]
     for other, cut in zip(others, CUTS[1:], strict=True):
