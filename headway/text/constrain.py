@@ -6,10 +6,11 @@ small regex or schema can keep the library busy for minutes, and nothing but the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ class Grammars:
         """
         compiled = self._compiled.get(constraint)
         if compiled is None:
-            compiled = self._compiled[constraint] = self._compile(constraint)
+            with _panics():
+                compiled = self._compile(constraint)
+            self._compiled[constraint] = compiled
         self._compiled.move_to_end(constraint)
         if len(self._compiled) > KEPT:
             self._compiled.popitem(last=False)
@@ -109,18 +112,15 @@ class GrammarMatcher:
 
     def prepare(self, outputs: Sequence[int]) -> None:
         """As `allowed`, without counting the time. Raises ConstraintError."""
-        self._feed(outputs)
-        self._allowed = self._compute()
+        self._go_to(outputs)
         self._most_fed = len(outputs)
 
     def allowed(self, outputs: Sequence[int]) -> Bools:
         """See Matcher."""
         started = time.thread_time()
-        self._feed(outputs)
-        if self._allowed is None:
-            self._allowed = self._compute()
+        allowed = self._go_to(outputs)
         self._count(time.thread_time() - started)
-        return self._allowed
+        return allowed
 
     def complete(self, outputs: Sequence[int]) -> bool:
         """See Matcher."""
@@ -128,6 +128,13 @@ class GrammarMatcher:
             return True
         self.allowed(outputs)
         return self._complete
+
+    def _go_to(self, outputs: Sequence[int]) -> Bools:
+        with _panics():
+            self._feed(outputs)
+            if self._allowed is None:
+                self._allowed = self._compute()
+            return self._allowed
 
     def _feed(self, outputs: Sequence[int]) -> None:
         outputs = list(outputs)
@@ -167,6 +174,19 @@ class GrammarMatcher:
         self._left_s = min(SPARE_S, self._left_s + TOKEN_S * new) - seconds
         if self._left_s < 0:
             raise ConstraintError("the constraint takes too long for each token; simplify it")
+
+
+@contextlib.contextmanager
+def _panics() -> Iterator[None]:
+    """A panic of the library is no Exception, and would end the worker."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ConstraintError(
+            "the library that holds answers to constraints broke down; change the constraint"
+        ) from None
 
 
 def compile_alone(constraint: Constraint) -> None:

@@ -33,9 +33,10 @@ class ConstraintCheck:
 
     async def check(self, constraint: Constraint) -> None:
         """Raises HeadwayError: INVALID_ARGUMENT where no worker could use it, FAILED_PRECONDITION without a library."""
-        async with self._turn:
-            if constraint not in self._verdicts:
-                self._verdicts[constraint] = await self._try(constraint)
+        if constraint not in self._verdicts:
+            async with self._turn:
+                if constraint not in self._verdicts:
+                    self._verdicts[constraint] = await self._try(constraint)
         self._verdicts.move_to_end(constraint)
         if len(self._verdicts) > REMEMBERED:
             self._verdicts.popitem(last=False)

@@ -63,6 +63,19 @@ async def test_a_verdict_is_remembered(check: ConstraintCheck) -> None:
     assert await refusal(check, regex("[")) == (INVALID, "constraint: unclosed character class")
 
 
+async def test_a_known_constraint_waits_for_no_trial(check: ConstraintCheck) -> None:
+    await check.check(regex("a+"))
+    endless = asyncio.create_task(check.check(Constraint(ConstraintKind.JSON_SCHEMA, ENDLESS)))
+    await asyncio.sleep(0.05)
+    await check.check(regex("a+"))
+    assert not endless.done()
+    child = check._child
+    endless.cancel()
+    await asyncio.gather(endless, return_exceptions=True)
+    assert child is not None
+    await child.wait()
+
+
 async def test_a_child_that_was_killed_is_replaced(check: ConstraintCheck) -> None:
     await check.check(regex("a+"))
     first = check._child

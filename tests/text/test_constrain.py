@@ -180,6 +180,28 @@ def test_drafts_that_come_again_earn_no_time(grammars: Grammars, monkeypatch: py
     assert masks_in_time(matcher, lambda count: [97] * (1 + count % 2), monkeypatch) == 12
 
 
+class PanicException(BaseException):
+    """As PyO3 raises it where Rust code panics."""
+
+
+class Panicking:
+    """The library's matcher, on a bad day."""
+
+    def is_error(self) -> bool:
+        return False
+
+    def compute_bitmask(self) -> bytes:
+        raise PanicException("index out of bounds")
+
+
+def test_a_panic_of_the_library_ends_one_answer_only(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConstraintError, match="broke down"):
+        GrammarMatcher(Panicking(), 256, (), ()).allowed([])
+    monkeypatch.setattr(Grammars, "_compile", lambda self, constraint: Panicking().compute_bitmask())
+    with pytest.raises(ConstraintError, match="broke down"):
+        grammars.matcher(Constraint(REGEX, "never seen before"))
+
+
 def test_only_some_compiled_constraints_are_kept(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Constraint] = []
     compile_one = Grammars._compile
