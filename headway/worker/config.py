@@ -44,9 +44,9 @@ class WorkerConfig:
         0, "that K and V of sequences that decode may take beside the slab; 0: as much as the slab"
     )
     speculate: str = option(
-        "auto",
-        "auto: tokens that an answer will probably repeat are computed ahead where that is measured to pay; always: "
-        "wherever it repeats something; off: never",
+        "off",
+        "auto: tokens that an answer will probably repeat are computed ahead where that is measured to pay; "
+        "always: wherever something is predicted; off: never",
         choices=("auto", "always", "off"),
     )
     max_batch: int = option(64, "sequences in one forward")
