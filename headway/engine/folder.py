@@ -60,6 +60,19 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def tensors(folder: Path) -> dict[str, Any]:
+    """The weights by name, each read when it is asked for (`[...]`), into memory of its own: of a file that is mapped,
+    all stays as long as one tensor does, beside what is made of it.
+    """
+    from safetensors import safe_open
+
+    found = {}
+    for file in weight_files(folder):
+        opened: Any = safe_open(str(file), framework="pt", backend="pread")
+        found |= {name: opened.get_slice(name) for name in list(opened.keys())}
+    return found
+
+
 def fingerprint(folder: Path) -> bytes:
     """16 bytes over the config and every byte of the weights; differs when the model differs.
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig
 
 from headway.core.model import DTYPE_BYTES, KvFormat, LayerGroup, ModelCard
 from headway.engine.attention import NAME, paged_attention
 from headway.engine.contract import Engine
 from headway.engine.errors import ModelError
-from headway.engine.folder import check_folder, fingerprint, read_json
+from headway.engine.folder import check_folder, fingerprint, read_json, tensors
 from headway.engine.lean import read_decoder
 from headway.engine.linear import change_linears, form_of
+from headway.engine.memory import without_holes
 from headway.engine.model import TorchEngine
 from headway.engine.paged import Reader
 from headway.engine.paged_proof import choose_reader
@@ -37,6 +38,7 @@ WEIGHTS = ("float", "bfloat16", "int8", "int4")
 KV_DTYPES = (*DTYPES, "int8")
 
 
+@without_holes()
 def load_engine(
     path: str,
     *,
@@ -130,14 +132,14 @@ def read_model_config(folder: Path) -> Any:
 def _load_weights(folder: Path, config: Any, dtype: str) -> Any:
     with quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(folder),
+            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None,
                 config=config,
+                state_dict=tensors(folder),
                 dtype=getattr(torch, dtype),
                 attn_implementation=NAME,
                 local_files_only=True,
                 trust_remote_code=False,
-                use_safetensors=True,
                 output_loading_info=True,
             )
         except Exception as error:  # a broken folder shows in many ways

@@ -1,15 +1,52 @@
-"""How much memory this process may still take: what the machine has, within what its control groups allow."""
+"""How much memory this process may still take, what the machine has within what its control groups allow; and giving
+back what is free.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+# Of glibc's mallopt; its threshold for mapping rises by itself to at most this, and that for trimming to twice as much.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MOST = -1, -3, 32 << 20
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     """Bytes that can be had without swapping, as the kernel estimates it, and that no control group forbids."""
     return max(0, min(_machine(proc), *_groups(proc, cgroup)))
+
+
+@contextmanager
+def without_holes() -> Iterator[None]:
+    """While large pieces of memory are made and let go of in turns: each has pages of its own, which the machine has
+    back at once; among smaller ones they would leave holes that nothing fits into. Afterwards the C library goes on as
+    it does in a process that has run for a while. Only where that is glibc.
+    """
+    _set(_MMAP_THRESHOLD, 256 << 10)
+    try:
+        yield
+    finally:
+        _set(_MMAP_THRESHOLD, _MOST)
+        _set(_TRIM_THRESHOLD, 2 * _MOST)
+        give_back()
+
+
+def give_back() -> None:
+    """What is free inside this process goes back to the machine."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _set(parameter: int, value: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(parameter, value)
 
 
 def _machine(proc: Path) -> int:
