@@ -66,7 +66,7 @@ def tensors(folder: Path) -> dict[str, Any]:
     """
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, Any] = {}
     for file in weight_files(folder):
         opened: Any = safe_open(str(file), framework="pt", backend="pread")
         found |= {name: opened.get_slice(name) for name in list(opened.keys())}

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from headway.engine import linear as linears
-from headway.engine.lean import KNOWN, LeanDecoder, read_decoder
+from headway.engine.lean import KNOWN, FlatNorm, LeanDecoder, Norm, _angles, read_decoder
 from headway.engine.linear import PackedLinear, PlainLinear, change_linears, form_of, take_linear
 from headway.engine.load import load_engine
 from headway.engine.model import TorchEngine
@@ -159,3 +159,23 @@ def test_weights_are_kept_once(tmp_path: Path) -> None:
     assert read_decoder(model, form_of(torch.float32)) is not None
     left = {name for name, _ in model.named_parameters()}
     assert not [name for name in left if name.endswith(("proj.weight", "lm_head.weight"))]
+
+
+def test_the_norm_of_fewer_operators_is_torchs() -> None:
+    """Also of numbers so small that only epsilon counts, and of rows by head."""
+    generator = torch.Generator().manual_seed(1)
+    norm = Norm(torch.randn(40, generator=generator), 1e-5)
+    for size in (0.0, 1e-4, 1.0, 1e4):
+        x = size * torch.randn(3, 5, 40, generator=generator)
+        torch.testing.assert_close(FlatNorm(norm)(x), norm(x), atol=1e-6, rtol=1e-5)
+
+
+def test_angles_are_those_of_their_positions_whichever_came_first(tmp_path: Path) -> None:
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(str(save_model(tmp_path / "llama", FAMILIES["llama"]())))
+    x, decoder = torch.zeros(3, 64), read_decoder(model, form_of(torch.float32))
+    assert decoder is not None
+    for positions in ([5, 0, 2], [250, 3, 9], [1, 251, 255]):
+        at = torch.tensor(positions)
+        found, expected = decoder._turn(x, at), _angles(decoder._rotary, x, at)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

@@ -182,7 +182,9 @@ step([1900, 1950, 1960])
 copies.forget(1950)
 copies.clean()
 copies.most_bytes = copies.bytes
-assert copies.step(2040, 0, 2040, lambda: blocks) is None
+assert copies.step("short", 0, 100, lambda: blocks) is not None
+assert 0 < resident(copies._shelves) <= copies.bytes < copies.most_bytes
+copies.forget("short")
 copies.most_bytes = 1 << 40
 for at in range(150):
     copies.clean()
