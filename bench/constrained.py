@@ -3,7 +3,8 @@
 python -m bench.constrained [--quick]
 
 Masks are those of one answer of the default model's tokens, several times over: the first time in a matcher just
-compiled, then in copies of it. The draw is of one row of the default model's width, on one thread.
+compiled, then in copies of it. Draws are of one row of the default model's width, on one thread, token by token of that
+answer, each with the mask that comes after it.
 """
 
 from __future__ import annotations
@@ -75,9 +76,14 @@ def measure(grammars: Grammars, tokens: list[int], case: Case, rounds: int) -> d
         matcher = grammars.matcher(constraint, (), {EOS})
         calls = [partial(matcher.allowed, tokens[:at]) for at in range(len(tokens))]
         (later if round_ else first).extend(timed(call)[1] for call in calls)
-    matcher = grammars.matcher(constraint, (), {EOS})
-    draw = Draw(Sampling(constraint=constraint), 0, 0, (), 0, None, matcher)
-    draws = [timed(lambda: draw_rows(logits, [draw]))[1] for _ in range(rounds * 10)]
+    for _ in range(rounds):
+        matcher = grammars.matcher(constraint, (), {EOS})
+        for at, token in enumerate(tokens):
+            row = logits.index_fill(1, torch.tensor([token]), 100.0)
+            draw = Draw(Sampling(constraint=constraint), at, 0, tokens[:at], 0, None, matcher)
+            (drawn,), taken_us = timed(partial(draw_rows, row, [draw]))
+            assert drawn.token_id == token
+            draws.append(taken_us)
     return {
         "tokens": len(tokens),
         "compile_ms": compile_us / 1e3,

@@ -7,6 +7,7 @@ their ids.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,8 +68,8 @@ def constrain(adjusted: torch.Tensor, draws: Sequence[Draw]) -> dict[int, Constr
         if draw.matcher is None:
             raise ValueError("a draw with a constraint needs a matcher")
         try:
-            adjusted[row, torch.from_numpy(~draw.matcher.allowed(draw.outputs))] = -torch.inf
-            if not bool(torch.isfinite(adjusted[row]).any()):
+            adjusted[row].masked_fill_(torch.from_numpy(~draw.matcher.allowed(draw.outputs)), -torch.inf)
+            if float(adjusted[row].max()) == -math.inf:
                 raise ConstraintError(NOTHING_LEFT)
         except ConstraintError as error:
             refused[row] = error

@@ -180,6 +180,27 @@ def test_drafts_that_come_again_earn_no_time(grammars: Grammars, monkeypatch: py
     assert masks_in_time(matcher, lambda count: [97] * (1 + count % 2), monkeypatch) == 12
 
 
+class Overgrown:
+    """The library's matcher past its limits: it says so, and answers all the same, with the end token."""
+
+    def is_error(self) -> bool:
+        return True
+
+    def get_error(self) -> str:
+        return "lexer error: too many expressions constructed"
+
+    def compute_bitmask(self) -> bytes:
+        return bytes([4, *[0] * 31])
+
+    def is_accepting(self) -> bool:
+        return True
+
+
+def test_masks_of_the_librarys_error_state_are_not_used() -> None:
+    with pytest.raises(ConstraintError, match="too complex: lexer error: too many expressions"):
+        GrammarMatcher(Overgrown(), 256, [2], [2]).allowed([])
+
+
 class PanicException(BaseException):
     """As PyO3 raises it where Rust code panics."""
 
