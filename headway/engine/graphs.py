@@ -112,7 +112,8 @@ class Graphs:
         """None where it cannot be recorded, or does something else then; after that nothing is tried any more."""
         try:
             inputs = packed(vectors, self._device).to(self._device)
-            wanted = compute(parted(inputs, vectors)).logits
+            # It may be written to the same place.
+            wanted = compute(parted(inputs, vectors)).logits.clone()
             recorded = self._recorder.record(lambda: compute(parted(inputs, vectors)))
             recorded.replay()
             difference = _difference(recorded.outputs.logits, wanted)

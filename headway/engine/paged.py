@@ -20,16 +20,26 @@ from headway.engine.pages import Batch, Pages
 # Of sequences gathered at once, padded to the longest: one layer's K and V of so many tokens lie beside the slab.
 BATCH_TOKENS = 1 << 18
 
-Slots = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int64]
 
 
-class Part(NamedTuple):
-    """Rows [row, row + new) of the pack are the last of a sequence's `length` tokens, whose slots are `blocks`."""
+class Parts(NamedTuple):
+    """Of n sequences the last `new` tokens, of `lengths`; they are rows [row, row + new) of the pack. int64 [n] each.
 
-    row: int
-    new: int
-    length: int
-    blocks: Slots
+    table: int64 [n, blocks], the slots of each, padded with any slot of the slab.
+    """
+
+    row: Ids
+    new: Ids
+    lengths: Ids
+    table: Ids
+
+    @property
+    def rows(self) -> Ids:
+        """All of them, in order."""
+        if (self.new == 1).all():
+            return self.row
+        return np.repeat(self.row - np.cumsum(self.new) + self.new, self.new) + np.arange(self.new.sum())
 
 
 class DeviceBatch(Batch, Protocol):
@@ -43,7 +53,7 @@ class DeviceBatch(Batch, Protocol):
 
 
 class Reader(Protocol):
-    """name: as it is logged and shown. takes_chunks: whether a part may have more than one row."""
+    """name: as it is logged and shown. takes_chunks: whether parts may have more than one row."""
 
     @property
     def name(self) -> str: ...
@@ -51,9 +61,9 @@ class Reader(Protocol):
     @property
     def takes_chunks(self) -> bool: ...
 
-    def batches(self, pages: Pages, parts: Sequence[Part], rows: int, width: int) -> Sequence[DeviceBatch]:
-        """Batches of these parts, each row in one of them; the pack has so many `rows`. Block tables have `width`
-        columns, more where a sequence is longer; shapes depend on nothing else but on how many rows each part has.
+    def batches(self, pages: Pages, parts: Parts, rows: int, width: int) -> Sequence[DeviceBatch]:
+        """Batches of these parts, each row in one of them; the pack has so many `rows`. Block tables are not cut to
+        less than `width`: where no sequence needs more, the shapes of steps depend on how many there are, and on it.
         """
 
 
@@ -101,24 +111,20 @@ class Gather:
     name = "gather"
     takes_chunks = False
 
-    def batches(self, pages: Pages, parts: Sequence[Part], rows: int, width: int) -> list[Gathered]:
-        """See Reader."""
-        return [self._batch(pages, group, width) for group in self._groups(pages.block_size, parts, width)]
-
-    def _groups(self, block_size: int, parts: Sequence[Part], width: int) -> list[list[Part]]:
-        """Sequences of about one length together, so that little is padded, and at most BATCH_TOKENS in each group."""
-        groups: list[list[Part]] = []
-        for part in sorted(parts, key=lambda part: -part.length):
-            longest = max(width, len(groups[-1][0].blocks)) * block_size if groups else 0
-            if groups and (len(groups[-1]) + 1) * longest <= BATCH_TOKENS:
+    def batches(self, pages: Pages, parts: Parts, rows: int, width: int) -> list[Gathered]:
+        """See Reader. Sequences of about one length together, so that little is padded."""
+        needed = np.maximum(width, -(-parts.lengths // pages.block_size))
+        groups: list[list[int]] = []
+        for part in np.argsort(-parts.lengths, kind="stable").tolist():
+            if groups and (len(groups[-1]) + 1) * needed[groups[-1][0]] * pages.block_size <= BATCH_TOKENS:
                 groups[-1].append(part)
             else:
                 groups.append([part])
-        return groups
+        return [self._batch(pages, parts, group, int(needed[group[0]])) for group in groups]
 
-    def _batch(self, pages: Pages, group: list[Part], width: int) -> Gathered:
-        rows, lengths = (torch.tensor([getattr(part, name) for part in group]) for name in ("row", "length"))
-        return Gathered(pages, rows, lengths, block_tables(group, width))
+    def _batch(self, pages: Pages, parts: Parts, group: list[int], width: int) -> Gathered:
+        each = (parts.row[group], parts.lengths[group], parts.table[group, :width])
+        return Gathered(pages, *(torch.from_numpy(part) for part in each))
 
 
 class Varied(NamedTuple):
@@ -179,22 +185,8 @@ class Varlen:
             raise ValueError("varlen_attn takes K and V in bfloat16 or float16 only")
         self._call = varlen_attn
 
-    def batches(self, pages: Pages, parts: Sequence[Part], rows: int, width: int) -> list[Varied]:
+    def batches(self, pages: Pages, parts: Parts, rows: int, width: int) -> list[Varied]:
         """See Reader."""
-        starts = np.cumsum([0, *(part.new for part in parts)])
-        lengths, most = torch.tensor([part.length for part in parts]), max(part.new for part in parts)
-        places = (torch.from_numpy(rows_of(parts)), torch.from_numpy(starts), lengths)
-        return [Varied(self._call, pages, most, *places, block_tables(parts, width))]
-
-
-def block_tables(parts: Sequence[Part], width: int) -> torch.Tensor:
-    """int64 [parts, at least width], padded with slots of the slab."""
-    table = np.zeros((len(parts), max(width, *(len(part.blocks) for part in parts))), np.int64)
-    for row, part in zip(table, parts, strict=True):
-        row[: len(part.blocks)] = part.blocks
-    return torch.from_numpy(table)
-
-
-def rows_of(parts: Sequence[Part]) -> Slots:
-    """Of the pack, in the order of the parts."""
-    return np.concatenate([np.arange(part.row, part.row + part.new) for part in parts])
+        starts = np.concatenate([[0], np.cumsum(parts.new)])
+        each = (parts.rows, starts, parts.lengths, parts.table)
+        return [Varied(self._call, pages, int(parts.new.max()), *(torch.from_numpy(part) for part in each))]

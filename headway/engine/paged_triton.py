@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from headway.engine.kernels import INTERPRETED, attend_tiles, put_together
-from headway.engine.paged import Part, block_tables, rows_of
+from headway.engine.paged import Parts
 from headway.engine.pages import Pages
 
 # Rows of a tile of a chunk; a step has as many as query heads share a KV head, at least what a product needs.
@@ -86,12 +87,12 @@ class InPlace:
     def __init__(self, pages: Pages, heads: int, processors: int) -> None:
         self._group, self._processors = heads // pages.heads, processors
 
-    def batches(self, pages: Pages, parts: Sequence[Part], rows: int, width: int) -> list[Tiled]:
+    def batches(self, pages: Pages, parts: Parts, rows: int, width: int) -> list[Tiled]:
         """See Reader."""
-        table, mine = block_tables(parts, width), torch.from_numpy(rows_of(parts))
-        some = None if len(mine) == rows else mine
-        if all(part.new == 1 for part in parts):
-            splits = self._splits(len(parts) * pages.heads, table.shape[1] * pages.block_size)
+        table, mine = torch.from_numpy(parts.table), parts.rows
+        some = None if len(mine) == rows else torch.from_numpy(mine)
+        if (parts.new == 1).all():
+            splits = self._splits(len(mine) * pages.heads, table.shape[1] * pages.block_size)
             return [Tiled(pages, some, table, _tiles(parts, 1), 1, splits)]
         most = max(1, CHUNK_ROWS // self._group)
         return [Tiled(pages, some, table, _tiles(parts, most), most, 1)]
@@ -102,14 +103,15 @@ class InPlace:
         return 1 << (max(1, wanted).bit_length() - 1)
 
 
-def _tiles(parts: Sequence[Part], most: int) -> torch.Tensor:
-    tiles: list[tuple[int, int, int, int, int]] = []
-    target = 0
-    for sequence, (row, count, length, _) in enumerate(parts):
-        for at in range(0, count, most):
-            tiles.append((sequence, row + at, target + at, min(most, count - at), length - count + at))
-        target += count
-    return torch.tensor(tiles, dtype=torch.int64).T.contiguous()
+def _tiles(parts: Parts, most: int) -> torch.Tensor:
+    """See Tiled."""
+    tiles = -(-parts.new // most)  # of each part
+    sequence = np.repeat(np.arange(len(tiles)), tiles)
+    at = most * (np.arange(len(sequence)) - (np.cumsum(tiles) - tiles)[sequence])
+    new, target = parts.new[sequence], (np.cumsum(parts.new) - parts.new)[sequence]
+    position = parts.lengths[sequence] - new + at
+    rows = parts.row[sequence] + at
+    return torch.from_numpy(np.stack([sequence, rows, target + at, np.minimum(most, new - at), position]))
 
 
 def _rows(count: int) -> int:

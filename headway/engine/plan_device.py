@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from headway.engine.contract import Chunk
-from headway.engine.paged import DeviceBatch, Gather, Part, Reader, Slots
+from headway.engine.paged import DeviceBatch, Gather, Ids, Parts, Reader
 from headway.engine.pages import Pages, Plan, Span, causal_mask, checked_blocks
 
 GATHER: Reader = Gather()
@@ -20,27 +20,44 @@ GATHER: Reader = Gather()
 
 def plan_device(pages: Pages, chunks: Sequence[Chunk], reader: Reader = GATHER, width: int = 1) -> Plan:
     """As `plan_cpu`; its vectors are still on the host (see `vectors`). width: of block tables, at least."""
-    spans: list[Span] = []
-    steps: list[Part] = []
-    later: list[Part] = []
-    places: list[tuple[Slots, Slots]] = []
-    row = 0
-    for chunk in chunks:
-        count, length = len(chunk.tokens), chunk.position + len(chunk.tokens)
-        blocks = checked_blocks(pages, chunk)
-        tokens = np.arange(chunk.position, length)
-        places.append((blocks[tokens // pages.block_size], tokens % pages.block_size))
-        if count == 1:
-            steps.append(Part(row, 1, length, blocks))
-        elif chunk.position and reader.takes_chunks:
-            later.append(Part(row, count, length, blocks))
-        else:
-            mask = causal_mask(count, chunk.position, pages.dtype, pages.device) if chunk.position else None
-            spans.append(Span(row, row + count, length, torch.from_numpy(blocks), mask))
-        row += count
-    slots, offsets = (torch.from_numpy(np.concatenate(part)) for part in zip(*places, strict=True))
-    batches = [batch for parts in (steps, later) if parts for batch in reader.batches(pages, parts, row, width)]
-    return Plan(pages, row, spans, [], [], (None, slots, offsets), batches)
+    new = np.array([len(chunk.tokens) for chunk in chunks])
+    position = np.array([chunk.position for chunk in chunks])
+    row, length = np.cumsum(new) - new, position + new
+    table = _block_tables(pages, chunks, length, width)
+    rows = int(new.sum())
+    of_row = np.repeat(np.arange(len(chunks)), new)
+    token = np.arange(rows) + (position - row)[of_row]
+    slots, offsets = table[of_row, token // pages.block_size], token % pages.block_size
+    steps = new == 1
+    later = ~steps & (position > 0) & reader.takes_chunks
+    batches: list[DeviceBatch] = []
+    for some in (steps, later):
+        if some.any():
+            widest = max(width, -(-int(length[some].max()) // pages.block_size))
+            parts = Parts(row[some], new[some], length[some], table[some, :widest])
+            batches += reader.batches(pages, parts, rows, width)
+    spans = []
+    for at in np.flatnonzero(~steps & ~later).tolist():
+        start, count, end = int(row[at]), int(new[at]), int(length[at])
+        mask = causal_mask(count, end - count, pages.dtype, pages.device) if end > count else None
+        blocks = torch.from_numpy(table[at, : -(-end // pages.block_size)])
+        spans.append(Span(start, start + count, end, blocks, mask))
+    places = (torch.from_numpy(slots), torch.from_numpy(offsets))
+    return Plan(pages, rows, spans, [], [], (None, *places), batches)
+
+
+def _block_tables(pages: Pages, chunks: Sequence[Chunk], lengths: Ids, width: int) -> Ids:
+    """The slots of each chunk's tokens and all before, [chunks, at least width]. Raises ValueError as `plan_cpu`."""
+    needed = -(-lengths // pages.block_size)
+    table = np.zeros((len(chunks), max(width, int(needed.max()))), np.int64)
+    for row, chunk, count in zip(table, chunks, needed.tolist(), strict=True):
+        if not chunk.tokens or chunk.position < 0 or len(chunk.slots) < count:
+            checked_blocks(pages, chunk)
+        row[:count] = chunk.slots[:count]
+    if table.min() < 0 or table.max() >= pages.slots:
+        for chunk in chunks:
+            checked_blocks(pages, chunk)
+    return table
 
 
 def vectors(plan: Plan) -> list[torch.Tensor]:

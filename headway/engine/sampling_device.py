@@ -52,6 +52,8 @@ class Prepared(NamedTuple):
 
 def prepare(draws: Sequence[Draw], vocabulary: int) -> Prepared:
     """Raises ValueError where a bias or a bad word names an unknown token."""
+    if all(_is_plain(draw) for draw in draws):
+        return Prepared(draws, [], False, False, False, 0, None, [])
     on_host = [row for row, draw in enumerate(draws) if not implemented(draw)]
     left = set(on_host)
     ours = [Draw(Sampling(), 0) if row in left else draw for row, draw in enumerate(draws)]
@@ -70,6 +72,8 @@ def prepare(draws: Sequence[Draw], vocabulary: int) -> Prepared:
 
 def implemented(draw: Draw) -> bool:
     """Whether it is drawn here."""
+    if not _OTHERS_OF_DRAW and not _OTHERS_OF_SAMPLING:
+        return True
     others = ((draw, _OTHERS_OF_DRAW), (draw.sampling, _OTHERS_OF_SAMPLING))
     return all(getattr(at, name) == usual for at, names in others for name, usual in names)
 
@@ -118,6 +122,12 @@ def read(table: Numbers, prepared: Prepared, rows: torch.Tensor | None) -> list[
         for row, one in zip(prepared.on_host, on_host, strict=True):
             drawn[row] = one
     return drawn
+
+
+def _is_plain(draw: Draw) -> bool:
+    """Whether nothing is wanted but the likeliest token."""
+    sampling = draw.sampling
+    return sampling.greedy and draw.top_logprobs is None and not _touches(sampling) and implemented(draw)
 
 
 def _read(line: Numbers, draw: Draw, named: int) -> Drawn:

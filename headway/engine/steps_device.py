@@ -41,11 +41,14 @@ class DeviceSteps:
 
     def __init__(self, model: Forward, device: torch.device, reader: Reader, graphs: Graphs | None) -> None:
         self._model, self._device, self.reader, self.graphs = model, device, reader, graphs
+        # Where all recorded steps leave their logits: one of each would take gigabytes.
+        self._kept = torch.empty((0, 0), device=device)
 
     def release(self) -> None:
         """Nothing knows of a slab any more."""
         if self.graphs is not None:
             self.graphs.clear()
+        self._kept = torch.empty((0, 0), device=self._device)
 
     def forward(self, pages: Pages, chunks: Sequence[Chunk], vocabulary: int) -> list[Drawn | ConstraintError]:
         """One of each draw, in order. Raises as Engine.forward."""
@@ -68,14 +71,14 @@ class DeviceSteps:
             return self._drawn(found.logits, prepared, moved(prepared.vectors, self._device))
         inputs, plan = self._inputs(pages, chunks, 1)
         placed = moved([*inputs, *prepared.vectors], self._device)
-        logits = self._compute(placed[: len(inputs)], plan)
+        logits = self._compute(placed[: len(inputs)], plan).float()
         return self._drawn(logits, prepared, placed[len(inputs) :])
 
     @torch.inference_mode()
     def logits(self, pages: Pages, chunks: Sequence[Chunk]) -> torch.Tensor:
         """float32 [draws, vocabulary]."""
         inputs, plan = self._inputs(pages, chunks, 1)
-        return self._compute(moved(inputs, self._device), plan)
+        return self._compute(moved(inputs, self._device), plan).float()
 
     def _drawn(self, logits: torch.Tensor, prepared: Prepared, given: Sequence[torch.Tensor]) -> Launched:
         table = draw(logits, prepared, given)
@@ -93,7 +96,10 @@ class DeviceSteps:
 
         def compute(placed: Sequence[torch.Tensor]) -> Outputs:
             logits = self._compute(placed, plan)
-            return Outputs(logits, greedy(logits))
+            if len(self._kept) < len(logits):
+                self._kept = logits.new_empty(logits.shape, dtype=torch.float32)
+            kept = self._kept[: len(logits)].copy_(logits)
+            return Outputs(kept, greedy(kept))
 
         logits, table = graphs.run(inputs, compute)
         drawing = [row for row, chunk in enumerate(chunks) if chunk.draw is not None]
@@ -114,7 +120,7 @@ class DeviceSteps:
     def _compute(self, placed: Sequence[torch.Tensor], plan: Plan) -> torch.Tensor:
         ids, positions, last, *others = placed
         with self._kernels():
-            return self._model(ids, positions, last, with_vectors(plan, others)).float()
+            return self._model(ids, positions, last, with_vectors(plan, others))
 
     def _kernels(self) -> AbstractContextManager[object]:
         """Those attention kernels that take any strides."""

@@ -17,7 +17,7 @@ from headway.engine.graphs import Graphs
 from headway.engine.load import ModelError, load_engine, read_model_config
 from headway.engine.model import TorchEngine
 from headway.engine.paged import Reader
-from headway.engine.paged_proof import choose_reader
+from headway.engine.pages import Pages
 from headway.engine.plan_device import GATHER
 from headway.engine.steps_device import DeviceSteps
 from tests.engine.again import Again
@@ -90,14 +90,15 @@ def test_a_devices_steps_say_the_same(family: Family, sizes: tuple[int, ...], mo
 
 @pytest.mark.triton
 def test_a_devices_steps_in_place_say_the_same(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    heads = read_model_config(Path(family.engine.card.tokenizer_path)).num_attention_heads
-    choice = choose_reader(family.engine.card.kv_format, heads, torch.device("cpu"))
-    assert choice.reader.name == "triton"
-    graphs = on_a_device(family.engine, choice.reader, monkeypatch)
+    from headway.engine.paged_triton import InPlace
+
     driver = family.driver()
-    running = [driver.start(prompt, 4) for prompt in family.prompts[4:7]]
-    wanted = [(tokens[:4], margins[:4]) for tokens, margins in family.wanted[4:7]]
-    assert check_equal(driver.run(running, 4, itertools.cycle((11, 40, 1))), wanted) == []
+    heads = read_model_config(Path(family.engine.card.tokenizer_path)).num_attention_heads
+    pages = Pages(driver.slab, family.engine.card.kv_format, torch.device("cpu"))
+    graphs = on_a_device(family.engine, InPlace(pages, heads, 8), monkeypatch)
+    running = [driver.start(prompt, 4) for prompt in family.prompts[4:6]]
+    wanted = [(tokens[:4], margins[:4]) for tokens, margins in family.wanted[4:6]]
+    assert check_equal(driver.run(running, 4, itertools.cycle((9, 40, 1))), wanted) == []
     assert graphs.refused is None
 
 

@@ -93,7 +93,7 @@ def attended(
 
 
 @pytest.mark.parametrize("name", ["gather", TRITON])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(case=cases())
 def test_equals_dense_attention(name: str, case: Case) -> None:
     """In two layers, over a slab whose other bytes are NaN."""
@@ -271,3 +271,24 @@ def _varlen(module: ModuleType) -> Any:
         return torch.cat(out).to(query.dtype)
 
     return varlen_attn
+
+
+@pytest.mark.parametrize(
+    ("tokens", "position", "slots", "message"),
+    [
+        (1, 16, [3], "cannot hold 17 tokens"),
+        (9, 30, [3, 1], "cannot hold 39 tokens"),
+        (1, 16, [3, 8], "outside the slab of 8"),
+        (1, 16, [-1, 3], "outside the slab of 8"),
+        (1, -1, [3], "position that is not negative"),
+        (0, 0, [3], "needs tokens"),
+    ],
+)
+def test_a_chunk_without_its_slots_is_refused_beside_others(
+    tokens: int, position: int, slots: list[int], message: str
+) -> None:
+    kv_format = format_of("float32", 16, 1, 16, 1)
+    pages = Pages(np.zeros((8, kv_format.slot_bytes), np.uint8), kv_format, torch.device("cpu"))
+    good = Chunk([0], 20, np.arange(4, dtype=np.int32), None)
+    with pytest.raises(ValueError, match=message):
+        plan_device(pages, [good, Chunk([0] * tokens, position, np.array(slots, np.int32), None), good])

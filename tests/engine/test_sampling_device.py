@@ -70,7 +70,7 @@ def many_draws(drawn: st.DrawFn) -> list[Draw]:
     return draws
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(many_draws(), st.integers(0, 1 << 20), st.booleans())
 def test_draws_what_the_host_draws(draws: list[Draw], seed: int, coarse: bool) -> None:
     """Also of logits with many equal ones, as half precision gives them."""
