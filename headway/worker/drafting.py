@@ -11,6 +11,8 @@ from headway.worker.active import Active
 
 # One of so many steps that would have drafts has none: what a step takes without is measured on.
 PLAIN = 16
+# Tokens that a step looks up, of all its sequences: half a millisecond of the event loop. A long prompt's take several steps.
+AT_ONCE = 1 << 11
 
 
 class Drafting:
@@ -24,8 +26,9 @@ class Drafting:
     def drafts(self, actives: Sequence[Active], timing: Timing) -> list[list[int]]:
         """Of each of these, who decode in one step, beside which no prompt is computed."""
         lookups = [(self._lookup(active), room(active)) for active in actives]
+        left = AT_ONCE
         for lookup, _ in lookups:
-            lookup.advance()
+            left -= lookup.advance(left)
         step_s = timing.predictor.step_s(len(actives), sum(active.sequence.computed for active in actives))
         counts = share_drafts(lookups, step_s, self._draft_s(timing), self._most_s)
         self._steps += any(counts)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headway.core import drafts
-from headway.core.drafts import ENDINGS, MOST_DRAFTS, Acceptance, Lookup, share_drafts
+from headway.core.drafts import ENDINGS, MOST_DRAFTS, NOWHERE, Acceptance, Lookup, share_drafts
 from headway.core.fit import DraftCost, ForwardWork, Timing
 
 TOKENS = st.lists(st.integers(0, 3), max_size=60)
@@ -32,7 +33,7 @@ def latest(tokens: Sequence[int]) -> list[int]:
 @given(TOKENS)
 def test_the_longest_ending_is_found_where_it_was_last(tokens: list[int]) -> None:
     found = lookup(tokens)
-    found.advance()
+    found.advance(1000)
     places = latest(tokens)
     expected: list[int] = []
     if places:
@@ -51,7 +52,7 @@ def test_a_prediction_is_followed_as_long_as_it_holds_and_every_one_is_counted(
     expected: list[tuple[int, bool]] = []
     at, run = None, 0
     for token in answer:
-        found.advance()
+        found.advance(1000)
         at = at if at is not None else next(iter(latest(tokens)), None)
         assert found.drafts(1) == ([] if at is None else [tokens[at]])
         if at is not None:
@@ -59,7 +60,7 @@ def test_a_prediction_is_followed_as_long_as_it_holds_and_every_one_is_counted(
             expected.append((run, held))
             at, run = (at + 1, run + 1) if held else (None, 0)
         tokens.append(token)
-    found.advance()
+    found.advance(1000)
     for own in (found.acceptance, known):
         assert sum(own._seen) == len(expected)
         assert sum(own._held) == sum(held for _, held in expected)
@@ -72,44 +73,54 @@ def test_tokens_that_come_several_at_once_are_taken_as_if_one_by_one(tokens: lis
     for at in range(0, len(tokens), size):
         for token in tokens[at : at + size]:
             one.append(token)
-            single.advance()
+            single.advance(1000)
         # Of a step, all but the last were predicted: only such are taken together.
-        several.advance()
+        several.advance(1000)
         predicted = several.drafts(size)
         kept = 0
         while kept < len(tokens[at : at + size]) and tokens[at : at + size][: kept + 1] == predicted[: kept + 1]:
             kept += 1
         together = min(kept + 1, len(tokens[at : at + size]))
         many += tokens[at : at + together]
-        several.advance()
+        several.advance(1000)
         for token in tokens[at + together : at + size]:
             many.append(token)
-            several.advance()
+            several.advance(1000)
     assert single.drafts(9) == several.drafts(9)
     assert single.acceptance._seen == several.acceptance._seen
 
 
-def test_a_long_prompt_is_taken_in_over_several_steps_and_tables_are_bounded() -> None:
+def test_a_long_prompt_is_taken_in_part_by_part_and_tables_are_bounded() -> None:
     draw = random.Random(1)
     tokens = [draw.randrange(50_000) for _ in range(3 * drafts.MOST_PLACES)]
     tokens += tokens[-300:-290]
     found = lookup(tokens, 10**9)
-    steps = 0
+    taken = [found.advance(700)]
     while not found.drafts(1):
-        found.advance()
-        steps += 1
-        assert found._taken <= steps * drafts.AT_ONCE
+        taken.append(found.advance(700))
+    assert sum(taken) == len(tokens)
+    assert set(taken[:-1]) == {700}
+    assert found.advance(700) == 0
     assert found.drafts(4) == tokens[-300:-296]
     assert all(len(table) == drafts.MOST_PLACES for table in found._tables)
 
 
 def test_what_shares_an_entry_is_no_match() -> None:
     """All endings in one entry: only what is checked against the tokens counts."""
-    tokens = [1, 2, 3, 9, 8, 7, 1, 2]
-    found = lookup(tokens)
-    found._entries = lambda place: [0] * len(ENDINGS)  # type: ignore[method-assign]
-    found.advance()
+    found = lookup([1, 2, 3, 9, 8, 7, 1, 2])
+    found._tables = [array("i", [NOWHERE]) for _ in ENDINGS]
+    found.advance(1000)
     assert found.drafts(1) == []
+
+
+@given(TOKENS, st.integers(1, 9))
+def test_parts_are_taken_in_as_the_whole_is(tokens: list[int], most: int) -> None:
+    whole, parts = lookup(tokens), lookup(tokens)
+    whole.advance(1000)
+    while parts.advance(most):
+        pass
+    assert parts._tables == whole._tables
+    assert parts.drafts(5) == whole.drafts(5)
 
 
 def ready(chance: float) -> Lookup:
@@ -118,7 +129,7 @@ def ready(chance: float) -> Lookup:
     for run in (0, 1, 2, 4, 8):
         for at in range(400):
             found.acceptance.observe(run, at * chance % 1 + chance >= 1)
-    found.advance()
+    found.advance(1000)
     return found
 
 

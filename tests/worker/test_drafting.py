@@ -15,7 +15,7 @@ from headway.core.keys import block_keys
 from headway.core.step import StepLimits
 from headway.engine.simulated import PRINTABLE
 from headway.worker.active import Active
-from headway.worker.drafting import PLAIN, Drafting, drafting_of, room
+from headway.worker.drafting import AT_ONCE, PLAIN, Drafting, drafting_of, room
 from tests.worker.rig import Bench, Heard, expected, sequence, until_over
 
 PROMPT = list(range(1, 40))
@@ -179,3 +179,19 @@ def test_the_setting_says_whether_drafts_have_to_pay() -> None:
         drafting = drafting_of(setting, 0.1)
         counts[setting] = len(drafting.drafts([active], costly)[0]) if drafting else None
     assert counts == {"auto": 0, "always": MOST_DRAFTS, "off": None}
+
+
+def test_what_a_step_looks_up_is_bounded_and_long_prompts_come_bit_by_bit() -> None:
+    drafting, timing = Drafting(1.0), Timing(step=(0.02, 0.003, 0.0))
+    prompt = list(range(AT_ONCE))
+    actives = [Active(sequence([*prompt, *prompt, 5, 6], 500), Heard(), 0.0) for _ in range(3)]
+    for active in actives:
+        active.slots = np.arange(400, dtype=np.int32)
+    taken = []
+    for _ in range(9):
+        found = drafting.drafts(actives, timing)
+        assert all(drafts == list(range(7, 7 + len(drafts))) for drafts in found)
+        taken.append(sum(active.lookup._taken for active in actives if active.lookup))
+    assert np.diff([0, *taken]).max() == AT_ONCE
+    assert all(found)
+    assert taken[-1] == 3 * (2 * AT_ONCE + 2)
