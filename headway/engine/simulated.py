@@ -28,6 +28,8 @@ PRINTABLE = 95
 _BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(_BASE, -1, 1 << 64)
 _MASK = (1 << 64) - 1
+# Weights of as many blocks as any sequence has.
+_ODD = np.arange(1, 1 << 17, 2, dtype=np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +118,14 @@ class SimulatedEngine:
     def _compute(self, chunk: Chunk) -> Drawn | ConstraintError | None:
         start, end = chunk.position, chunk.position + len(chunk.tokens)
         last = int(self._slab[chunk.slots[(start - 1) // self._block], (start - 1) % self._block]) if start else 0
-        positions = np.arange(start, end)
-        hashes = self._hash(last, np.asarray(chunk.tokens, np.uint64))
-        self._slab[chunk.slots[positions // self._block], positions % self._block] = hashes
+        if len(chunk.tokens) == 1:
+            # A step of decode, of which there are many: without arrays.
+            value = (last * _BASE + chunk.tokens[0] + 1) & _MASK
+            self._slab[chunk.slots[start // self._block], start % self._block] = value
+        else:
+            positions = np.arange(start, end)
+            hashes = self._hash(last, np.asarray(chunk.tokens, np.uint64))
+            self._slab[chunk.slots[positions // self._block], positions % self._block] = hashes
         if chunk.draw is None:
             return None
         return chunk.kept([self._draw(chunk, end - chunk.drafts + at, draw) for at, draw in enumerate(chunk.draws)])
@@ -132,7 +139,9 @@ class SimulatedEngine:
             complete = draw.matcher is not None and draw.matcher.complete([*draw.outputs, token])
         except ConstraintError as error:
             return error
-        return Drawn(token, -1.0, ((token, -1.0),), complete=complete)
+        if draw.top_logprobs is None:
+            return Drawn(token, complete=complete)
+        return Drawn(token, -1.0, ((token, -1.0),)[: draw.top_logprobs], complete=complete)
 
     def _hash(self, last: int, tokens: Words) -> Words:
         """Rolling hashes: h[i] = h[i-1]·BASE + tokens[i] + 1 (mod 2⁶⁴), in closed form."""
@@ -186,8 +195,7 @@ def _powers(base: int, count: int) -> Words:
 
 def _fold(ends: Words) -> int:
     """One word out of the blocks' last hashes, in which each block's place counts."""
-    weights = np.arange(1, 2 * len(ends), 2, dtype=np.uint64)
-    return int((ends * weights).sum(dtype=np.uint64))
+    return int(ends @ _ODD[: len(ends)])
 
 
 def _mix(value: int) -> int:

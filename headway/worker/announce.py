@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 STATUS_S = 0.5
 # Between two status messages, however often the load changes; and where another router's prompt has come.
-LEAST_S, HURRY_S = 0.05, 0.01
+LEAST_S, HURRY_S = 0.15, 0.03
 RECONNECT_S = 0.2
 
 
