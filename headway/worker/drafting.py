@@ -11,7 +11,7 @@ from headway.worker.active import Active
 
 # One of so many steps that would have drafts has none: what a step takes without is measured on.
 PLAIN = 16
-# Tokens that a step looks up, of all its sequences: half a millisecond of the event loop. A long prompt's take several steps.
+# Tokens that a step looks up, of all its sequences: half a millisecond of the event loop. A long prompt takes several.
 AT_ONCE = 1 << 11
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headway.core.sampling import Sampling
-from headway.engine.contract import Chunk, Draw
+from headway.engine.contract import Chunk, Draw, Drawn
 from headway.engine.simulated import Latency, SimulatedEngine, expected_tokens, simulated_card
 
 BLOCK = 16
@@ -69,6 +69,17 @@ def test_one_wrong_byte_in_any_block_changes_the_answer() -> None:
         assert answers() != undisturbed, f"a wrong byte in block {block} went unnoticed"
         slab[block, 120] ^= 1
     assert answers() == undisturbed
+
+
+@pytest.mark.parametrize(("asked", "named"), [(None, 0), (0, 0), (3, 1)])
+def test_log_probabilities_come_where_they_are_asked_for(asked: int | None, named: int) -> None:
+    engine = SimulatedEngine(simulated_card())
+    engine.bind(np.zeros((1, 4096), np.uint8))
+    draw = Draw(Sampling(), 0, top_logprobs=asked)
+    (drawn,) = engine.forward([Chunk([1, 2], 0, np.zeros(1, np.int32), draw)])
+    assert isinstance(drawn, Drawn)
+    assert (drawn.logprob is None) == (asked is None)
+    assert len(drawn.top_logprobs) == named
 
 
 def test_latency_follows_its_formula() -> None:
