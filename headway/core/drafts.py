@@ -104,7 +104,8 @@ class Lookup:
         """The endings before each of these places are followed by its token."""
         for size, table in zip(ENDINGS, self._tables, strict=True):
             first, mask = max(start, size), len(table) - 1
-            endings = zip(*(self._tokens[first - back : stop - back] for back in range(size, 0, -1)), strict=True)
+            last = max(first, stop)
+            endings = zip(*(self._tokens[first - back : last - back] for back in range(size, 0, -1)), strict=True)
             for place, ending in enumerate(endings, first):
                 table[hash(ending) & mask] = place
 

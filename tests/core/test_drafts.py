@@ -95,12 +95,11 @@ def test_a_long_prompt_is_taken_in_part_by_part_and_tables_are_bounded() -> None
     tokens = [draw.randrange(50_000) for _ in range(3 * drafts.MOST_PLACES)]
     tokens += tokens[-300:-290]
     found = lookup(tokens, 10**9)
-    taken = [found.advance(700)]
-    while not found.drafts(1):
-        taken.append(found.advance(700))
+    taken = []
+    while count := found.advance(700):
+        taken.append(count)
     assert sum(taken) == len(tokens)
     assert set(taken[:-1]) == {700}
-    assert found.advance(700) == 0
     assert found.drafts(4) == tokens[-300:-296]
     assert all(len(table) == drafts.MOST_PLACES for table in found._tables)
 
@@ -120,7 +119,6 @@ def test_parts_are_taken_in_as_the_whole_is(tokens: list[int], most: int) -> Non
     while parts.advance(most):
         pass
     assert parts._tables == whole._tables
-    assert parts.drafts(5) == whole.drafts(5)
 
 
 def ready(chance: float) -> Lookup:

@@ -183,8 +183,8 @@ def test_the_setting_says_whether_drafts_have_to_pay() -> None:
 
 def test_what_a_step_looks_up_is_bounded_and_long_prompts_come_bit_by_bit() -> None:
     drafting, timing = Drafting(1.0), Timing(step=(0.02, 0.003, 0.0))
-    prompt = list(range(AT_ONCE))
-    actives = [Active(sequence([*prompt, *prompt, 5, 6], 500), Heard(), 0.0) for _ in range(3)]
+    prompt = list(range(AT_ONCE // 2))
+    actives = [Active(sequence([*prompt, *prompt, 5, 6], 500), Heard(), 0.0) for _ in range(6)]
     for active in actives:
         active.slots = np.arange(400, dtype=np.int32)
     taken = []
@@ -194,4 +194,4 @@ def test_what_a_step_looks_up_is_bounded_and_long_prompts_come_bit_by_bit() -> N
         taken.append(sum(active.lookup._taken for active in actives if active.lookup))
     assert np.diff([0, *taken]).max() == AT_ONCE
     assert all(found)
-    assert taken[-1] == 3 * (2 * AT_ONCE + 2)
+    assert taken[-1] == 6 * (AT_ONCE + 2)
