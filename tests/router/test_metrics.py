@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -80,11 +81,13 @@ async def test_a_router_tells_the_errors_of_every_predictor() -> None:
         p0 = await rig.add("p0")
         await rig.add("d0")
         fleet = rig.service.fleet
-        p0.status.prefill_error, p0.status.step_error, p0.status.waiting_sequences = 0.25, 0.5, 3
+        p0.status.prefill_error, p0.status.step_error = 0.25, 0.5
+        p0.status.waiting_sequences, p0.status.running_sequences = 3, 7
         await until(lambda: fleet.workers["p0"].status.step_error == 0.5)
         store = next(iter(fleet.stores))
         link = fleet.links.between(store, "b")
         link.count, link.error, link.bytes_per_s = 4, 0.125, 2e9
+        link.free_s = time.monotonic() + 100
         exporter = Exporter("127.0.0.1", 0, lambda: figures(fleet, 5))
         try:
             found = parsed(await asyncio.to_thread(scrape, exporter.port))
@@ -96,9 +99,11 @@ async def test_a_router_tells_the_errors_of_every_predictor() -> None:
     assert found["headway_worker_prefill_error_ratio", prefill] == 0.25
     assert found["headway_worker_step_error_ratio", prefill] == 0.5
     assert found["headway_worker_waiting_sequences", prefill] == 3
+    assert found["headway_worker_running_sequences", prefill] == 7
     assert found["headway_worker_step_error_ratio", decode] == 0.0
     assert found["headway_link_error_ratio", between] == 0.125
     assert found["headway_link_bytes_per_second", between] == 2e9
+    assert 60 < found["headway_link_backlog_seconds", between] <= 100
     assert found["headway_requests_in_flight", frozenset()] == 5
 
 
