@@ -108,12 +108,16 @@ class WorkerLoad:
         self.memory = Memory(self.committed_tokens)
 
     def step_s(self) -> float:
-        """A step of its batch as it is."""
-        return self.predictor.step_s(self.running, self.kv_tokens)
+        """A step of its batch as it is: of as many as have a place in it."""
+        share = self._share(self.running)
+        return self.predictor.step_s(self.running * share, self.kv_tokens * share)
 
     def itl_s(self, tokens: int) -> float:
-        """A step of the batch with one more sequence, whose context has `tokens`."""
-        return self.predictor.step_s(self.running + 1, self.kv_tokens + tokens)
+        """Between two tokens with one more sequence, whose context has `tokens`: a step, and more where they take turns
+        because the batch has no place for all.
+        """
+        share = self._share(self.running + 1)
+        return self.predictor.step_s((self.running + 1) * share, (self.kv_tokens + tokens) * share) / share
 
     def steps_of(self, tokens: int, compute_s: float) -> int:
         """Over how many decode steps a prompt of so many tokens, which takes `compute_s` by itself, is spread."""
@@ -122,6 +126,10 @@ class WorkerLoad:
         if compute_s > room_s:
             most = min(most, max(LEAST_CHUNK, int(tokens * room_s / compute_s)))
         return math.ceil(tokens / most)
+
+    def _share(self, running: int) -> float:
+        """Of so many sequences, how many have a place in a step."""
+        return min(1.0, self.limits.batch / max(1, running))
 
     def _hold(self, kv_tokens: int, committed_tokens: int) -> None:
         self.kv_tokens += kv_tokens

@@ -38,8 +38,8 @@ class Predictor:
         # 2·left / (slope + √(slope² + 2·c·left)) is the root that stays exact where c is tiny.
         return 2 * left / (slope + math.sqrt(slope * slope + 2 * c * left))
 
-    def step_s(self, batch: int, kv_tokens: int) -> float:
-        """One decode step of `batch` sequences that hold `kv_tokens` tokens of context together."""
+    def step_s(self, batch: float, kv_tokens: float) -> float:
+        """One decode step of `batch` sequences (on average) that hold `kv_tokens` tokens of context together."""
         a, b, c = self.step
         return a + b * batch + c * kv_tokens
 

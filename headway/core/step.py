@@ -41,7 +41,8 @@ S = TypeVar("S", bound=Runnable)
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """batch: sequences a forward. chunk_tokens: prompt tokens a forward, at most.
+    """batch: sequences a forward, and one prompt more where all of them decode: its first token would wait for the end
+    of an answer. chunk_tokens: prompt tokens a forward, at most.
 
     chunk_s: seconds that a forward of prompts may take, because a short prompt that arrives meanwhile waits for it;
     shared_chunk_s: what prompts may add to a forward in which others decode, because their next token waits for it;
@@ -79,7 +80,8 @@ class Work(Generic[S]):
 def plan_step(
     ready: Iterable[S], limits: StepLimits, predictor: Predictor, order: Order, debts: Mapping[str, float] = NO_DEBTS
 ) -> list[Work[S]]:
-    """Pick the next forward's work; `debts` are those of tenants (core.fair).
+    """Pick the next forward's work; `debts` are those of tenants (core.fair). Of more that decode than the batch has
+    places, the first.
 
     A prompt shares a forward with those before it where what that saves (the forward's fixed cost, for it and for all
     behind it) is worth more than what it costs: those before it wait for its tokens.
@@ -88,7 +90,8 @@ def plan_step(
     prompts: list[S] = []
     for sequence in ready:
         (decoding if sequence.decoding else prompts).append(sequence)
-    work = [Work(sequence, sequence.computed, 1, True) for sequence in decoding[: limits.batch]]
+    del decoding[limits.batch :]
+    work = [Work(sequence, sequence.computed, 1, True) for sequence in decoding]
     if not prompts:
         return work
     fixed_s = predictor.prefill[0]
@@ -101,7 +104,7 @@ def plan_step(
         prompts.sort(key=lambda prompt: prompt_key(prompt, predictor, order, debts))
     left = limits.chunk_tokens
     ending = 0
-    for at, sequence in enumerate(prompts[: limits.batch - len(work)]):
+    for at, sequence in enumerate(prompts[: max(1, limits.batch - len(work))]):
         count = _chunk(sequence, left, predictor.tokens_within(left_s, sequence.computed), first=at == 0)
         chunk_s = predictor.prefill_s(count, sequence.computed) - predictor.prefill[0]
         least = min(LEAST_CHUNK, sequence.pending) if at else 1

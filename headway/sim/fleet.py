@@ -98,7 +98,7 @@ class SimFleet:
     def _make_worker(self, name: str, role: Role, node: SimNode) -> SimWorker:
         hardware, limits = self._scenario.hardware, self._scenario.limits
         if role is not Role.PREFILL:
-            limits = replace(limits, batch=hardware.batch + 1)
+            limits = replace(limits, batch=hardware.batch)
         load = WorkerLoad(
             name,
             node.name,

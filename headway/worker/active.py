@@ -76,6 +76,8 @@ class Active:
     started_s: float = 0.0
     ready_s: float = 0.0
     first_token_s: float = 0.0
+    # Its last one, counted over all sequences from 1.
+    turn: int = 0
     # Was passed over by a plan: a sibling may have sealed its prefix meanwhile.
     passed_over: bool = False
     # Predicts its tokens, where the worker drafts.

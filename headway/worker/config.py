@@ -49,7 +49,7 @@ class WorkerConfig:
         "always: wherever something is predicted; off: never",
         choices=("auto", "always", "off"),
     )
-    max_batch: int = option(64, "sequences in one forward")
+    max_batch: int = option(64, "sequences in one forward; more than that take turns")
     chunk_tokens: int = option(8192, "prompt tokens in one forward, at most")
     chunk_s: float = option(
         0.0,

@@ -53,6 +53,7 @@ class Steps:
         self._leases = leases
         self._drafting = drafting
         self._tenants: set[str] = set()
+        self._turns = 0
         # The forward that runs, if guests may go between its layers; and what became runnable since it was planned.
         self._host: Host[Sequence] | None = None
         self._fresh: dict[Active, None] = {}
@@ -78,11 +79,15 @@ class Steps:
         if threads is not None:
             self._timings.use(threads)
         self._fresh.clear()
-        ready = [active.sequence for active in actives.values() if active.runnable]
+        runnable = [active for active in actives.values() if active.runnable]
+        if len(runnable) > self._limits.batch:
+            # They take turns: all at a slower pace, instead of some that stand still until others have ended.
+            runnable.sort(key=lambda active: active.turn)
+        ready = [active.sequence for active in runnable]
         self._tenants = {sequence.tenant for sequence in ready if not sequence.decoding}
         self.debts = self.fairness.debts(self._tenants)
         work = plan_step(ready, self._limits, self.timing.predictor, self.order, self.debts)
-        kept = self._kept(work, [actives[sequence] for sequence in ready], actives)
+        kept = self._kept(work, runnable, actives)
         if not kept:
             return None
         now = time.monotonic()
@@ -176,7 +181,8 @@ class Steps:
         chunks = []
         for item, drafts in zip(work, self._drafts(work, actives), strict=True):
             active = actives[item.sequence]
-            active.stepping = True
+            self._turns += 1
+            active.stepping, active.turn = True, self._turns
             tokens = [*item.sequence.tokens[item.start : item.start + item.count], *drafts]
             draw = active.draw() if item.draws else None
             named = item.sequence if item.sequence.decoding else None

@@ -51,6 +51,18 @@ def test_prompts_that_a_decode_worker_has_already_count_against_its_pace() -> No
     assert picked(made, prompt_tokens=15) == ("p0", "d0")
 
 
+def test_more_sequences_than_a_batch_has_places_take_turns() -> None:
+    """A step is no longer for them, but each has its turn more seldom."""
+    full, over = (worker("d0", running=running, limits=StepLimits(batch=4)) for running in (4, 8))
+    assert over.step_s() == full.step_s() == pytest.approx(0.014)
+    assert worker("d0", running=3, limits=StepLimits(batch=4)).itl_s(0) == pytest.approx(0.014)
+    assert full.itl_s(0) == pytest.approx(0.014 * 5 / 4)
+    assert over.itl_s(0) == pytest.approx(0.014 * 9 / 4)
+    # So that a decode worker with too many takes no prompt that prefill workers can have.
+    made = placer(worker("p0", queued_s=5.0), over, itl_objective_s=0.04, local_prefill_tokens=50)
+    assert picked(made, prompt_tokens=10) == ("p0", "d0")
+
+
 def test_a_prompt_at_a_decode_worker_shares_its_steps() -> None:
     busy = placer(worker("d0", running=4, limits=StepLimits(shared_chunk_s=0.02))).place(ask(), 0.0)
     assert busy is not None

@@ -76,6 +76,15 @@ def test_decoding_goes_before_prompts_and_shrinks_their_budget() -> None:
     assert not work[1].draws
 
 
+def test_a_prompt_has_a_place_beside_a_full_batch() -> None:
+    """It would wait for the end of an answer; but no more than one, and none of those that decode beyond the batch."""
+    decoding = [sequence(8, computed=8, outputs=1) for _ in range(3)]
+    first, second = sequence(10), sequence(11)
+    work = plan([*decoding, second, first], limits(2), FIXED)
+    assert [item.sequence for item in work] == [*decoding[:2], first]
+    assert [item.sequence for item in plan([decoding[0], second, first], limits(2), FIXED)] == [decoding[0], first]
+
+
 def test_a_short_prompt_goes_alone_where_company_would_only_delay_it() -> None:
     long, short, shorter = sequence(500), sequence(20, arrival_s=0.1), sequence(10, arrival_s=0.2)
     assert [(item.sequence, item.count) for item in plan([long, short, shorter], limits(8, 64))] == [(shorter, 10)]
@@ -143,7 +152,9 @@ def test_plans_stay_within_their_limits(
 ) -> None:
     ready = [sequence(n, computed=n if out else 0, outputs=out) for n, out in shapes]
     work = plan(ready, limits(batch, budget), predictor)
-    assert len(work) <= batch
+    decoding = min(batch, sum(sequence.decoding for sequence in ready))
+    assert sum(item.sequence.decoding for item in work) == decoding
+    assert len(work) - decoding <= max(1, batch - decoding)
     assert len({item.sequence for item in work}) == len(work)
     prompts = [item for item in work if not item.sequence.decoding]
     assert sum(item.count for item in prompts) <= budget

@@ -40,6 +40,29 @@ async def test_prefill_hands_over_and_decode_goes_on_in_the_same_slots(bench: Be
     assert len(bench.store.free) == 64
 
 
+async def test_more_sequences_than_a_forward_has_places_go_at_one_pace() -> None:
+    """And a prompt that comes has its first token without waiting for the end of an answer."""
+    async with Bench(StepLimits(2, 64), slots=256).running() as bench:
+        heard = [Heard() for _ in range(5)]
+        for at, sink in enumerate(heard[:4]):
+            bench.loop.start(sequence(range(at, at + 20), 400), sink)
+        while min(len(sink.tokens) for sink in heard[:4]) < 5:
+            await asyncio.sleep(0)
+        bench.loop.start(sequence(range(4, 24), 400), heard[4])
+        while not heard[4].tokens:
+            await asyncio.sleep(0)
+        before = [len(sink.tokens) for sink in heard]
+        assert max(before) < 400
+        while len(heard[4].tokens) < 50:
+            await asyncio.sleep(0)
+        gained = [len(sink.tokens) - had for sink, had in zip(heard, before, strict=True)]
+        assert max(gained) - min(gained) <= 1
+        assert max(len(batch) for batch in bench.engine.batches) == 3
+        await asyncio.gather(*map(until_over, heard))
+    for at, sink in enumerate(heard):
+        assert sink.tokens == expected(list(range(at, at + 20)), 400)
+
+
 async def handed_off(bench: Bench, prompt: list[int]) -> tuple[Heard, pb.LeaseGranted]:
     """Prefill `prompt` for a joiner; what it was told, and what the store would push to the joiner."""
     first = Heard()
