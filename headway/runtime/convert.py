@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Iterable
+
+import numpy as np
 
 from headway.core.model import KvFormat, LayerGroup, ModelCard
 from headway.core.sampling import Constraint, ConstraintKind, Sampling
 from headway.v1 import common_pb2
+
+
+def ids_to_bytes(token_ids: Iterable[int]) -> bytes:
+    """As messages between router and workers carry them: 4 bytes each, little-endian."""
+    return array("I", token_ids).tobytes()
+
+
+def ids_from_bytes(packed: bytes) -> array[int]:
+    """The inverse; ValueError unless the length is a multiple of 4."""
+    if len(packed) % 4:
+        raise ValueError(f"token ids are 4 bytes each; got {len(packed)} bytes")
+    token_ids = array("I")
+    token_ids.frombytes(packed)
+    return token_ids
+
+
+def greatest_id(token_ids: array[int]) -> int:
+    """Of at least one; a tenth of a microsecond each would be long for a long prompt."""
+    return int(np.frombuffer(token_ids, np.uint32).max())
 
 
 def kv_format_to_proto(kv_format: KvFormat) -> common_pb2.KvFormat:

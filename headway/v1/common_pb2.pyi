@@ -279,7 +279,7 @@ class Sequence(_message.Message):
 
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     BLOCK_KEYS_FIELD_NUMBER: _builtins.int
     KEY_NAMESPACE_FIELD_NUMBER: _builtins.int
@@ -299,10 +299,14 @@ class Sequence(_message.Message):
     """Chosen by the router, unique to the request on that router (hex of 16 random bytes)."""
     attempt: _builtins.int
     """0 for the first try; a worker's answers carry it back, and the router drops those of older attempts."""
+    tokens: _builtins.bytes
+    """Prompt and, in a replay, the tokens already sent to the client: 4 bytes each, little-endian. As numbers, the ids of
+    a long prompt would take the router's event loop ten times as long.
+    """
     prompt_tokens: _builtins.int
-    """How many of token_ids are the prompt proper; the rest are outputs 0, 1, … of this sequence."""
+    """How many of the tokens are the prompt proper; the rest are outputs 0, 1, … of this sequence."""
     block_keys: _builtins.bytes
-    """16-byte keys, one after the other, of the full blocks of token_ids."""
+    """16-byte keys, one after the other, of the full blocks of tokens."""
     key_namespace: _builtins.bytes
     """Keyed-hash namespace (model fingerprint, KV format, cache salt) for blocks that fill up later."""
     max_tokens: _builtins.int
@@ -318,17 +322,13 @@ class Sequence(_message.Message):
     choice: _builtins.int
     """Which of several choices of one request this is; part of the randomness."""
     more: _builtins.bool
-    """Prompts over 8192 ids come in several messages of the same sequence: all but the last say so."""
+    """Prompts over 8192 tokens come in several messages of the same sequence: all but the last say so."""
     expected_tokens: _builtins.int
     """Tokens that the answer is likely to have; 0: not known."""
     tenant: _builtins.str
     """Whose turn it is among tenants that wait for the same worker; empty is a tenant like any other."""
     first_token_due_s: _builtins.float
     """Unix seconds, on the clock of arrival_s, when the first token is due; without it the request is refused then."""
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Prompt and, in a replay, the tokens already sent to the client."""
-
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
     @_builtins.property
@@ -338,7 +338,7 @@ class Sequence(_message.Message):
         *,
         sequence_id: _builtins.str = ...,
         attempt: _builtins.int = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tokens: _builtins.bytes = ...,
         prompt_tokens: _builtins.int = ...,
         block_keys: _builtins.bytes = ...,
         key_namespace: _builtins.bytes = ...,
@@ -357,7 +357,7 @@ class Sequence(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_first_token_due_s", b"_first_token_due_s", "_top_logprobs", b"_top_logprobs", "deadline_s", b"deadline_s", "first_token_due_s", b"first_token_due_s", "sampling", b"sampling", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_first_token_due_s", b"_first_token_due_s", "_top_logprobs", b"_top_logprobs", "arrival_s", b"arrival_s", "attempt", b"attempt", "block_keys", b"block_keys", "choice", b"choice", "deadline_s", b"deadline_s", "expected_tokens", b"expected_tokens", "first_token_due_s", b"first_token_due_s", "key_namespace", b"key_namespace", "max_tokens", b"max_tokens", "more", b"more", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_first_token_due_s", b"_first_token_due_s", "_top_logprobs", b"_top_logprobs", "arrival_s", b"arrival_s", "attempt", b"attempt", "block_keys", b"block_keys", "choice", b"choice", "deadline_s", b"deadline_s", "expected_tokens", b"expected_tokens", "first_token_due_s", b"first_token_due_s", "key_namespace", b"key_namespace", "max_tokens", b"max_tokens", "more", b"more", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
     _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015

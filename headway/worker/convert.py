@@ -8,7 +8,7 @@ from headway.core.keys import split_keys
 from headway.core.model import ModelCard
 from headway.core.sequence import Finish, Sequence
 from headway.engine.contract import Drawn
-from headway.runtime.convert import sampling_from_proto
+from headway.runtime.convert import greatest_id, ids_from_bytes, sampling_from_proto
 from headway.v1 import common_pb2, decode_pb2, kvstore_pb2, prefill_pb2
 
 FINISH = {
@@ -34,7 +34,7 @@ class Pieces:
             whole = self._open[key] = common_pb2.Sequence()
             whole.CopyFrom(piece)
         else:
-            whole.token_ids.extend(piece.token_ids)
+            whole.tokens += piece.tokens
         if piece.more:
             return None
         return self._open.pop(key)
@@ -45,11 +45,12 @@ class Pieces:
 
 def sequence_from_proto(message: common_pb2.Sequence, card: ModelCard) -> Sequence:
     """Raises ValueError where the message cannot be run with this model."""
-    tokens = list(message.token_ids)
+    packed = ids_from_bytes(message.tokens)
+    tokens = packed.tolist()
     if not tokens or len(tokens) >= card.context_tokens:
         raise ValueError(f"sequence has {len(tokens)} tokens; it needs 1 to {card.context_tokens - 1}")
-    if max(tokens) >= card.vocab_size:
-        raise ValueError(f"token id {max(tokens)} is outside the vocabulary of {card.vocab_size}")
+    if (greatest := greatest_id(packed)) >= card.vocab_size:
+        raise ValueError(f"token id {greatest} is outside the vocabulary of {card.vocab_size}")
     if not 0 < message.prompt_tokens <= len(tokens):
         raise ValueError(f"prompt_tokens is {message.prompt_tokens} of {len(tokens)} tokens")
     keys = split_keys(message.block_keys)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headway.core.ask import Ask
 from headway.core.keys import block_keys, join_keys, key_namespace
 from headway.core.place import Placer
+from headway.runtime.convert import ids_to_bytes
 from headway.runtime.errors import invalid
 from headway.text.errors import TextError
 from headway.text.tokenizer import Tokenizer
@@ -22,7 +25,7 @@ DEFAULT_MAX_TOKENS = 256
 # Longer ones are worked on in a thread, off the event loop.
 LONG_TEXT_CHARACTERS = 20_000
 LONG_PROMPT_TOKENS = 8192
-# Ids in one message; longer prompts are split.
+# Tokens in one message; longer prompts are split.
 PIECE_TOKENS = 8192
 
 
@@ -39,7 +42,7 @@ class Job:
     received: float
     arrival_s: float
     deadline: float
-    token_ids: list[int]
+    token_ids: array[int]
     keys: list[bytes]
     namespace: bytes
     sampling: common_pb2.Sampling
@@ -76,10 +79,10 @@ class Job:
         )
 
     def sequence(self, sequence_id: str, attempt: int, choice: int, sent: list[int]) -> list[common_pb2.Sequence]:
-        """The messages that start this choice where it stands: prompt and what was sent, in pieces of 8,192 ids."""
+        """The messages that start this choice where it stands: prompt and what was sent, in pieces of 8,192."""
         tokens, keys = self.token_ids, self.keys
         if sent:
-            tokens = tokens + sent
+            tokens = tokens + array("I", sent)
             have = len(keys)
             rest = tokens[have * self.model.block_size :]
             keys = keys + block_keys(self.namespace, rest, self.model.block_size, *keys[-1:])
@@ -87,7 +90,7 @@ class Job:
         first = common_pb2.Sequence(
             sequence_id=sequence_id,
             attempt=attempt,
-            token_ids=tokens if len(tokens) <= PIECE_TOKENS else tokens[:PIECE_TOKENS],
+            tokens=ids_to_bytes(tokens[:PIECE_TOKENS]),
             prompt_tokens=len(self.token_ids),
             block_keys=join_keys(keys),
             key_namespace=self.namespace,
@@ -109,7 +112,8 @@ class Job:
         pieces = [first]
         for start in range(PIECE_TOKENS, len(tokens), PIECE_TOKENS):
             part, more = tokens[start : start + PIECE_TOKENS], start + PIECE_TOKENS < len(tokens)
-            pieces.append(common_pb2.Sequence(sequence_id=sequence_id, attempt=attempt, token_ids=part, more=more))
+            tail = common_pb2.Sequence(sequence_id=sequence_id, attempt=attempt, tokens=ids_to_bytes(part), more=more)
+            pieces.append(tail)
         return pieces
 
 
@@ -161,20 +165,30 @@ async def prepare(
     )
 
 
-async def _tokenize(request: router_pb2.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+async def token_ids_of(numbers: Sequence[int]) -> array[int]:
+    """A piece at a time: all at once, a long prompt would hold up the event loop for milliseconds."""
+    token_ids = array("I")
+    for start in range(0, len(numbers), PIECE_TOKENS):
+        if start:
+            await asyncio.sleep(0)
+        token_ids.extend(numbers[start : start + PIECE_TOKENS])
+    return token_ids
+
+
+async def _tokenize(request: router_pb2.GenerateRequest, tokenizer: Tokenizer) -> array[int]:
     kind = request.WhichOneof("prompt")
     if kind == "tokens":
-        return list(request.tokens.token_ids)
+        return await token_ids_of(request.tokens.token_ids)
     try:
         if kind == "text":
             text = request.text.decode()
             if len(text) > LONG_TEXT_CHARACTERS:
-                return await asyncio.to_thread(tokenizer.encode, text)
-            return tokenizer.encode(text)
+                return array("I", await asyncio.to_thread(tokenizer.encode, text))
+            return array("I", tokenizer.encode(text))
         chat = [(message.role, message.content) for message in request.chat.messages]
         if sum(len(content) for _, content in chat) > LONG_TEXT_CHARACTERS:
-            return await asyncio.to_thread(tokenizer.encode_chat, chat)
-        return tokenizer.encode_chat(chat)
+            return array("I", await asyncio.to_thread(tokenizer.encode_chat, chat))
+        return array("I", tokenizer.encode_chat(chat))
     except UnicodeDecodeError as error:
         raise invalid(f"the prompt's text is not valid UTF-8 at byte {error.start}; send UTF-8 text") from None
     except TextError as error:

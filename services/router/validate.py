@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable
 
 import grpc
 
 from headway.core.model import ModelCard
 from headway.core.sampling import Sampling
-from headway.runtime.convert import sampling_from_proto
+from headway.runtime.convert import greatest_id, sampling_from_proto
 from headway.runtime.errors import HeadwayError, invalid
 from headway.v1 import common_pb2, router_pb2
 
@@ -56,12 +57,12 @@ def check_request(request: router_pb2.GenerateRequest, card: ModelCard) -> Sampl
     return _check_sampling(request, card)
 
 
-def check_tokens(token_ids: list[int], card: ModelCard) -> None:
+def check_tokens(token_ids: array[int], card: ModelCard) -> None:
     """The tokenized prompt: at least one token, room for one more, all of the vocabulary. Raises HeadwayError."""
     if not token_ids:
         raise invalid("the prompt is empty; give at least one token")
     _check_length(len(token_ids), card)
-    _in_vocabulary("the prompt", max(token_ids), card)
+    _in_vocabulary("the prompt", greatest_id(token_ids), card)
 
 
 def _check_length(tokens: int, card: ModelCard) -> None:

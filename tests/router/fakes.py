@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from headway.core.model import KvFormat, LayerGroup, ModelCard
-from headway.runtime.convert import card_to_proto
+from headway.runtime.convert import card_to_proto, ids_from_bytes, ids_to_bytes
 from headway.runtime.server import OPTIONS
 from headway.v1 import (
     common_pb2,
@@ -169,19 +169,19 @@ class Fake:
                     self.begins += 1
                     sequence = self.held.get((body.sequence_id, body.attempt))
                     if sequence is not None:
-                        sequence.token_ids.append(body.first_token.token_id)
+                        sequence.tokens += ids_to_bytes([body.first_token.token_id])
                         self._go(sequence, events)
                     continue
                 sequence = pieces.pop(body.sequence.sequence_id, None)
                 if sequence is None:
                     sequence = body.sequence
                 else:
-                    sequence.token_ids.extend(body.sequence.token_ids)
+                    sequence.tokens += body.sequence.tokens
                 if body.sequence.more:
                     pieces[sequence.sequence_id] = sequence
                     continue
                 self.starts.append(sequence)
-                self.given.append(list(sequence.token_ids))
+                self.given.append(list(ids_from_bytes(sequence.tokens)))
                 self.held[sequence.sequence_id, sequence.attempt] = sequence
                 if kind == "start":
                     self._go(sequence, events)
@@ -193,14 +193,15 @@ class Fake:
 
     async def _serve(self, sequence: common_pb2.Sequence, events: asyncio.Queue[Any]) -> None:
         key = (sequence.sequence_id, sequence.attempt)
-        given = len(sequence.token_ids)
+        given = len(sequence.tokens) // 4
         while key in self.held:
-            index = len(sequence.token_ids) - sequence.prompt_tokens
+            tokens = list(ids_from_bytes(sequence.tokens))
+            index = len(tokens) - sequence.prompt_tokens
             self.events = events
             if self.script(self, sequence, index):
                 return
-            token = common_pb2.Token(token_id=next_token(list(sequence.token_ids)), output_index=index)
-            sequence.token_ids.append(token.token_id)
+            token = common_pb2.Token(token_id=next_token(tokens), output_index=index)
+            sequence.tokens += ids_to_bytes([token.token_id])
             last = index + 1 >= sequence.max_tokens
             stop = token.token_id in sequence.stop_token_ids
             reason = common_pb2.FINISH_REASON_STOP if stop else int(last) * common_pb2.FINISH_REASON_LENGTH
@@ -211,10 +212,10 @@ class Fake:
                 events.put_nowait(prefill_pb2.PrefillEvent(sequence_id=key[0], attempt=key[1], first_token=first))
                 self.held.pop(key)
                 return
-            tokens = decode_pb2.DecodeTokens(tokens=[token], finish_reason=reason)  # type: ignore[arg-type]
-            if len(sequence.token_ids) == given + 1 and index == 0:
-                tokens.cached_tokens, tokens.computed_tokens = 0, given
-            events.put_nowait(decode_pb2.DecodeEvent(sequence_id=key[0], attempt=key[1], tokens=tokens))
+            drawn = decode_pb2.DecodeTokens(tokens=[token], finish_reason=reason)  # type: ignore[arg-type]
+            if len(tokens) == given and index == 0:
+                drawn.cached_tokens, drawn.computed_tokens = 0, given
+            events.put_nowait(decode_pb2.DecodeEvent(sequence_id=key[0], attempt=key[1], tokens=drawn))
             if reason:
                 self.held.pop(key)
             await asyncio.sleep(self.step_s)

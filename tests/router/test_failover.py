@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from headway.runtime.convert import ids_from_bytes
 from headway.v1 import common_pb2, decode_pb2, prefill_pb2
 from tests.router.fakes import PROMPT, Fake, Rig, expected, next_token, until
 
@@ -213,7 +214,7 @@ async def test_repeated_tokens_are_dropped_and_a_gap_is_replayed() -> None:
     async with Rig() as rig:
 
         def script(fake: Fake, sequence: Sequence, index: int) -> bool:
-            context = list(sequence.token_ids)
+            context = list(ids_from_bytes(sequence.tokens))
             if index == 3:
                 fake.put(sequence, tokens=_tokens(sequence, 2, context[-1]))
             if index == 6 and sequence.attempt == 0:
@@ -232,7 +233,7 @@ async def test_second_first_token_is_dropped() -> None:
         prefill, decode = await rig.add("p0"), await rig.add("d0", step_s=0.002)
 
         def again(fake: Fake, sequence: Sequence, index: int) -> bool:
-            token = common_pb2.Token(token_id=next_token(list(sequence.token_ids)), output_index=0)
+            token = common_pb2.Token(token_id=next_token(list(ids_from_bytes(sequence.tokens))), output_index=0)
             fake.put(sequence, first_token=prefill_pb2.FirstToken(token=token, lease_id=9, epoch=1))
             return False
 

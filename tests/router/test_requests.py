@@ -9,7 +9,9 @@ import grpc
 import pytest
 
 from headway.core.load import WorkerLoad
+from headway.runtime.convert import ids_from_bytes
 from headway.v1 import common_pb2, router_pb2
+from services.router.job import PIECE_TOKENS, token_ids_of
 from tests.router.fakes import PROMPT, Fake, Got, Rig, expected, until
 
 STOP = common_pb2.FINISH_REASON_STOP
@@ -251,14 +253,31 @@ async def test_sampling_reaches_workers_and_a_given_seed_stays() -> None:
         assert not fake.starts[-1].sampling.HasField("seed")
 
 
+async def test_reading_a_long_prompt_lets_others_go_between_its_pieces() -> None:
+    prompt = list(range(5 * PIECE_TOKENS - 1))
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(other())
+    packed = await token_ids_of(router_pb2.TokenPrompt(token_ids=prompt).token_ids)
+    beside.cancel()
+    assert packed.tolist() == prompt
+    assert turns == 4
+
+
 async def test_text_and_chat_prompts() -> None:
     async with Rig() as rig:
         fake = await rig.add("m0")
         await rig.run(router_pb2.GenerateRequest(text=b"hi", max_tokens=2))
-        assert bytes(fake.starts[-1].token_ids[:2]) == b"hi"
+        assert bytes(ids_from_bytes(fake.starts[-1].tokens).tolist()[:2]) == b"hi"
         chat = router_pb2.ChatPrompt(messages=[router_pb2.ChatMessage(role="user", content="hi")])
         await rig.run(router_pb2.GenerateRequest(chat=chat, max_tokens=2))
-        assert bytes(fake.starts[-1].token_ids).startswith(b"user: hi\nassistant: ")
+        assert bytes(ids_from_bytes(fake.starts[-1].tokens).tolist()).startswith(b"user: hi\nassistant: ")
 
 
 async def test_answer_is_cut_to_what_the_context_leaves() -> None:
