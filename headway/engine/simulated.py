@@ -23,6 +23,8 @@ from headway.engine.contract import Chunk, Draw, Drawn, SlabArray
 
 Words = npt.NDArray[np.uint64]
 
+# A forward that comes so soon after another is what a device would have had in its queue.
+QUEUED_S = 0.01
 VOCABULARY = 256
 PRINTABLE = 95
 _BASE = 0x9E3779B97F4A7C15
@@ -68,7 +70,11 @@ def simulated_card(context_tokens: int = 131072, block_size: int = 16) -> ModelC
 
 
 class SimulatedEngine:
-    """See the module. `poison_token` in a chunk kills the process, as a request that crashes a real engine would."""
+    """See the module. `poison_token` in a chunk kills the process, as a request that crashes a real engine would.
+
+    A thread that sleeps wakes up late where the machine is busy, which a device would not: the next forward takes so
+    much less, if it comes at once. What passes between two forwards is the worker's own affair, and counts.
+    """
 
     def __init__(
         self,
@@ -77,12 +83,16 @@ class SimulatedEngine:
         *,
         poison_token: int | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.card = card
         self.interruptible = False
         self._latency = latency or Latency()
         self._poison = poison_token
         self._sleep = sleep
+        self._clock = clock
+        # When the last forward ended here, and how much later than it should have.
+        self._ended_s = self._late_s = 0.0
         self._block = card.kv_format.block_size
         self._slab: Words = np.zeros((0, self._block), np.uint64)
         self._powers = _powers(_BASE, 4096)
@@ -108,11 +118,16 @@ class SimulatedEngine:
     ) -> list[Drawn | ConstraintError | None]:
         if self._poison is not None and any(self._poison in chunk.tokens for chunk in chunks):
             os.kill(os.getpid(), signal.SIGKILL)
-        until_s = time.monotonic() + self._latency.of(chunks)
+        started_s = self._clock()
+        if started_s - self._ended_s < QUEUED_S:
+            started_s -= self._late_s
+        until_s = started_s + self._latency.of(chunks)
         drawn = [self._compute(chunk) for chunk in chunks]
-        left_s = until_s - time.monotonic()
+        left_s = until_s - self._clock()
         if left_s > 0:
             self._sleep(left_s)
+        self._ended_s = self._clock()
+        self._late_s = max(0.0, self._ended_s - until_s) if left_s > 0 else 0.0
         return drawn
 
     def _compute(self, chunk: Chunk) -> Drawn | ConstraintError | None:

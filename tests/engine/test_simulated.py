@@ -90,3 +90,34 @@ def test_latency_follows_its_formula() -> None:
     assert latency.of(chunks) == pytest.approx(1.0 + 0.1 * 3 + 0.01 * 3 * 11.5 + 2.0 + 0.5 * 2 + 0.001 * 300)
     # The last token of a prompt that is cached but for that one.
     assert latency.of([Chunk([1], 10, slots, first)]) == pytest.approx(1.0 + 0.1 + 0.01 * 10.5)
+
+
+class Clock:
+    """Time that passes where somebody sleeps, and each time a little longer than asked for."""
+
+    def __init__(self, late_s: float) -> None:
+        self.now_s = 0.0
+        self._late_s = late_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds + self._late_s
+
+
+def test_a_thread_that_wakes_late_makes_the_simulated_device_no_slower() -> None:
+    clock = Clock(late_s=0.004)
+    latency = Latency(prefill=(0.05, 0.0, 0.0))
+    engine = SimulatedEngine(simulated_card(), latency, sleep=clock.sleep, clock=clock)
+    engine.bind(np.zeros((4, 4096), np.uint8))
+    chunk = Chunk([1, 2], 0, np.arange(4, dtype=np.int32), None)
+    for _ in range(10):
+        engine.forward([chunk])
+        # The worker's own time between two forwards counts.
+        clock.now_s += 0.002
+    assert clock.now_s == pytest.approx(10 * (0.05 + 0.002) + 0.004)
+    # A device that had nothing to do cannot make up for anything.
+    clock.now_s = 100.0
+    engine.forward([chunk])
+    assert clock.now_s == pytest.approx(100.054)
