@@ -97,7 +97,10 @@ class Link:
         try:
             if happened is not None:
                 await asyncio.wait([waiting, happened], return_when=asyncio.FIRST_COMPLETED)
-            held = await asyncio.wait_for(waiting, seconds)
+            # Not wait_for: before Python 3.12 it takes a cancellation that comes with the answer for none, and the pull
+            # of a request that was given up would wait for a prefill that was given up, too.
+            async with asyncio.timeout(seconds):
+                held = await waiting
         except TimeoutError:
             raise PeerError(f"{self._figures.address} told nothing more within {seconds:g} s") from None
         finally:

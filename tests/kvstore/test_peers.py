@@ -18,10 +18,11 @@ from headway.core.keys import block_keys
 from headway.core.records import ForgetfulRecords
 from headway.core.slots import SlotPool
 from headway.slab.host import HostSegment, slot_stride
+from headway.v1 import transfer_pb2 as pb
 from services.kvstore import peer_link
 from services.kvstore.config import KvStoreConfig
 from services.kvstore.memory import SlabMemory
-from services.kvstore.peer_link import PeerError
+from services.kvstore.peer_link import Link, PeerError
 from services.kvstore.peers import Peer
 from services.kvstore.planes.contract import Checksums, Copied, Move
 from tests.kvstore.faulty import Fault
@@ -132,3 +133,21 @@ async def test_those_who_ask_a_silent_peer_do_not_wait_one_after_the_other(memor
                 with pytest.raises(PeerError, match="no connection"):
                     await fetch(peer)
             assert time.monotonic() - started < 0.5
+
+
+async def test_a_pull_that_is_given_up_as_it_is_told_something_ends() -> None:
+    """Whatever the moment: else it would wait for more of a prefill that was given up as well."""
+    answers = 0
+    for ticks in range(8):
+        link: Any = Link.__new__(Link)
+        link._broken, link._held = False, {1: asyncio.Queue()}
+        task = asyncio.create_task(link.told(1, 5.0, asyncio.Event()))
+        await asyncio.sleep(0.01)
+        link._held[1].put_nowait(pb.BlocksHeld())
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        given_up = task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() == given_up, f"after {ticks} turns of the loop"
+        answers += not given_up
+    assert 0 < answers < 8

@@ -87,7 +87,8 @@ class GrpcPlane:
             (view,) = next(landing)
             end = 0
             while end < len(view):
-                message = await asyncio.wait_for(call.read(), self._timeout_s)
+                async with asyncio.timeout(self._timeout_s):
+                    message = await call.read()
                 if message is grpc.aio.EOF:
                     raise EOFError("the call ended in the middle of a block")
                 piece, data = unpack_piece(message)
